@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from irq_formats.errors import UnsupportedModel
-
-__all__ = ["CODEBOOKS", "Codebook", "codebook"]
+__all__ = ["CODEBOOKS", "Codebook"]
 
 
 @dataclass(frozen=True)
@@ -93,16 +91,3 @@ CODEBOOKS: dict[str, Codebook] = {
         _int(8),
     )
 }
-
-
-def codebook(name: str) -> Codebook:
-    """Return the codebook called ``name``.
-
-    Raises:
-        UnsupportedModel: There is none of that name.
-    """
-    if name not in CODEBOOKS:
-        raise UnsupportedModel(
-            "unknown codebook", expected=" | ".join(CODEBOOKS), got=name
-        )
-    return CODEBOOKS[name]
