@@ -1,0 +1,85 @@
+"""What every verb of the command line shares: streams, JSON, exit codes.
+
+stdout carries the result only (with ``--json`` one document, errors too); progress and messages go
+to stderr, without ANSI when that is not a terminal or NO_COLOR is set. Exit codes: 0 ok, 1 bug,
+2 usage, 3 bad or unsupported input, 4 parity failed, 5 refused by preflight, 6 output exists,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+from irq_formats.errors import IrqError
+from rich.console import Console
+
+__all__ = ["console", "emit", "force_option", "json_option", "progress", "verb"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: Schema name of every JSON document on stdout.
+SCHEMA = "irq.export/1"
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+force_option = click.option("--force", "overwrite", is_flag=True, help="Replace an existing output.")
+
+
+def console() -> Console:
+    """Return the console on stderr."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print the result of a verb: ``text`` for people, or ``result`` as one JSON document."""
+    click.echo(json.dumps({"schema": SCHEMA, **result}, indent=2, allow_nan=False) if as_json else text)
+
+
+def verb(function: F) -> F:
+    """Turn errors of a verb into its exit code, on stderr and, with ``--json``, on stdout."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return function(*args, **kwargs)
+        except IrqError as error:
+            if kwargs.get("as_json"):
+                emit({"error": error.to_dict()}, "", as_json=True)
+            console().print(f"error: {error}", style="red", markup=False)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            console().print("interrupted; nothing was left behind", markup=False)
+            sys.exit(130)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    return run  # type: ignore[return-value]
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """End on SIGTERM as on Ctrl-C: through the handlers that remove partial files."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar on stderr if that is a terminal; yield ``update(done, total, label)``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    screen = console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as bars:
+        task = bars.add_task(title, total=None)
+
+        def update(done: int, total: int, label: str) -> None:
+            bars.update(task, completed=done, total=total, description=f"{title}: {label}")
+
+        yield update
