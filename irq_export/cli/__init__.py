@@ -42,12 +42,12 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in _VERBS.items()])
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 ok, 1 unexpected, 2 usage, 3 bad or unsupported input, 4 parity failed, "
+    "5 refused by preflight, 6 output exists, 130 interrupted.",
+)
 @click.version_option(__version__, prog_name="irq-export")
 def main() -> None:
-    """What you fine-tuned in 2-4 bits is exactly what runs on the device.
-
-    \b
-    Exit codes: 0 ok, 1 unexpected, 2 usage, 3 bad or unsupported input, 4 parity failed,
-    5 refused by preflight, 6 output exists, 130 interrupted.
-    """
+    """What you fine-tuned in 2-4 bits is exactly what runs on the device."""
