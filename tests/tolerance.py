@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["NMSE_FLOAT32", "NMSE_FLOAT64"]
+__all__ = [
+    "FOLD_FLOAT32",
+    "FOLD_FLOAT64",
+    "FOLD_PEFT_LOGITS",
+    "LLAMACPP_FORCED_LOGPROB",
+    "NMSE_FLOAT32",
+    "NMSE_FLOAT64",
+]
 
 #: reference (float64) against torch (float64), logits: mean squared difference over variance. Both sides
 #: round at 1e-16 per operation; a few thousand operations deep that is below 1e-24. What is allowed for is
@@ -13,3 +20,18 @@ NMSE_FLOAT64 = 1e-12
 #: float32 runtimes against torch float32, logits: summation order alone. Measured 1e-9..2e-10 on stock
 #: llama.cpp (facts/gguf.md [M]); design.md section 6.
 NMSE_FLOAT32 = 1e-9
+
+#: next_token_logprobs against the renormalised whole distribution, 259 tokens: llama.cpp sums the softmax in
+#: float32, 259 * 2^-24 = 1.5e-5 at most in the logarithm. Measured 4e-6.
+LLAMACPP_FORCED_LOGPROB = 2e-5
+
+#: Folded against unfolded adapter in float64, relative to the largest element: sums of a few thousand terms
+#: round at 1.1e-16·sqrt(n). Measured 6e-16 at in = 4096 and 1e-15 over hypothesis' shapes.
+FOLD_FLOAT64 = 1e-13
+
+#: The same with A and B rounded once to float32 (6e-8 relative each); half an ulp per factor, two factors.
+FOLD_FLOAT32 = 2.5e-7
+
+#: Logits of a tiny model with the folded adapter in stock PEFT, float32, against our unfolded module:
+#: largest difference over largest logit; float32 summation order through two layers.
+FOLD_PEFT_LOGITS = 5e-6
