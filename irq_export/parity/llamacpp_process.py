@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from irq_formats.errors import IrqError, UnsupportedModel
 __all__ = ["Request", "ServerProcess"]
 
 _ERRORS, _INFO = 1, 3  # llama.cpp's log levels
+_LOG_STAMP = re.compile(r"^[\d.]+ [A-Z] ")
 
 
 @dataclass(frozen=True)
@@ -177,15 +179,17 @@ class ServerProcess:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
     def _last_words(self) -> str:
-        """The end of llama.cpp's error log."""
+        """The end of llama.cpp's error log, without its time stamps."""
         if self._log is None:
             return ""
         self._log.seek(0)
-        return self._log.read().decode("utf-8", "replace").strip()[-1000:]
+        text = self._log.read().decode("utf-8", "replace")
+        return "; ".join(_LOG_STAMP.sub("", line) for line in text.splitlines() if line)[-1000:]
 
 
 def _start_child(log: Any) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment["GGML_NO_BACKTRACE"] = "1"  # else an abort starts a debugger
     environment.setdefault("OMP_WAIT_POLICY", "passive")  # spinning starves a shared machine
     return subprocess.Popen(
         [sys.executable, "-m", "irq_export.parity.llamacpp_server"],

@@ -52,7 +52,10 @@ def main() -> None:
 
     import xllamacpp
 
-    server = xllamacpp.Server(common_params(settings))
+    try:
+        server = xllamacpp.Server(common_params(settings))
+    except RuntimeError:  # says no more than that it failed; the reason is on stderr
+        sys.exit(1)
     ready = {
         "address": server.listening_address,
         "version": xllamacpp.__version__,
