@@ -1,0 +1,76 @@
+"""``irq-export verify``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from irq_formats.errors import ParityFailed
+
+from irq_export.cli.common import json_option, progress, verb
+
+__all__ = ["command"]
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command("verify")
+@click.argument("file", type=_PATH)
+@click.option("--against", required=True, type=_PATH, help="The checkpoint the file was made from.")
+@click.option("--adapter", type=_PATH, help="PEFT adapter directory (default: the checkpoint's own).")
+@click.option("--adapter-gguf", type=_PATH, help="A separate adapter file that belongs to FILE.")
+@click.option("--runtime", "runtimes", multiple=True, help="reference, llama.cpp; repeatable (default: all).")
+@click.option("--text", type=_PATH, help="UTF-8 text to evaluate on (default: a passage of our own).")
+@click.option("--positions", default=256, show_default=True, type=click.IntRange(2), help="Tokens of it.")
+@click.option("--greedy", default=64, show_default=True, type=click.IntRange(0), help="Tokens to generate.")
+@click.option(
+    "--scale", "adapter_scale", default=1.0, show_default=True, help="Adapter scale in the runtimes."
+)
+@click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads of llama.cpp.")
+@click.option("--report", type=_PATH, help="Write the JSON report here too.")
+@click.option("--junit", type=_PATH, help="Write JUnit XML here.")
+@json_option
+@verb
+def command(
+    file: Path,
+    against: Path,
+    adapter: Path | None,
+    adapter_gguf: Path | None,
+    runtimes: tuple[str, ...],
+    text: Path | None,
+    positions: int,
+    greedy: int,
+    adapter_scale: float,
+    threads: int,
+    report: Path | None,
+    junit: Path | None,
+    as_json: bool,
+) -> None:
+    """Prove that FILE computes what the checkpoint computes.
+
+    FILE is a GGUF file or the directory of a stock pair. Exit code 0 if every gate holds, 4 if not.
+    """
+    from irq_export.parity.verify import verify
+
+    with progress("verify") as update:
+        found = verify(
+            file,
+            against=against,
+            adapter=adapter,
+            adapter_gguf=adapter_gguf,
+            runtimes=runtimes or None,
+            text=text,
+            positions=positions,
+            greedy=greedy,
+            adapter_scale=adapter_scale,
+            threads=threads,
+            progress=update,
+        )
+    if report is not None:
+        report.write_text(found.to_json(), encoding="utf-8")
+    if junit is not None:
+        junit.write_text(found.to_junit(), encoding="utf-8")
+    click.echo(found.to_json() if as_json else found.to_text())
+    if not found.passed:
+        sys.exit(ParityFailed.exit_code)
