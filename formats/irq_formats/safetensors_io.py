@@ -8,20 +8,24 @@ names come from an untrusted file and must be plain names in that directory.
 
 from __future__ import annotations
 
-import json
-import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from irq_formats.atomic import atomic_file
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.files import FixedFile, open_fixed
+from irq_formats.safetensors_types import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    METADATA_KEY,
+    TensorRef,
+    TensorSpec,
+)
+from irq_formats.safetensors_writer import SafeTensorsWriter, write_safetensors
 from irq_formats.strict_json import parse_object
 
 __all__ = [
@@ -40,55 +44,7 @@ __all__ = [
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-DTYPES: dict[str, np.dtype[np.generic]] = {  # numpy type of the raw data
-    "BOOL": np.dtype("?"),
-    "U8": np.dtype("u1"),
-    "I8": np.dtype("i1"),
-    "F8_E4M3": np.dtype("u1"),
-    "F8_E5M2": np.dtype("u1"),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "F32": np.dtype("<f4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F64": np.dtype("<f8"),
-}
-_NAMES = {dtype: name for name, dtype in reversed(DTYPES.items()) if not name.startswith(("F8", "BF"))}
-_MAX_HEADER_BYTES = 100_000_000
 _MAX_INDEX_BYTES = 64 << 20
-_METADATA = "__metadata__"
-_ALIGN_BYTES = 8
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a tensor is: name, dtype (a key of ``DTYPES``) and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class TensorRef(TensorSpec):
-    """Where a tensor lies.
-
-    Attributes:
-        offset: Absolute offset in its file, bytes.
-        shard: Index into ``SafeTensors.files``.
-    """
-
-    offset: int = 0
-    shard: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +109,7 @@ def open_safetensors(path: str | Path) -> SafeTensors:
     if file.size < 8:
         raise MalformedFile("not a safetensors file", where=path, expected="≥ 8 bytes", got=file.size)
     (header_bytes,) = struct.unpack("<Q", file.read_bytes(0, 8))
-    limit = min(_MAX_HEADER_BYTES, file.size - 8)
+    limit = min(MAX_HEADER_BYTES, file.size - 8)
     if not 2 <= header_bytes <= limit:
         raise MalformedFile(
             "wrong header length", where=path, expected=f"2 to {limit} bytes", got=header_bytes
@@ -162,7 +118,7 @@ def open_safetensors(path: str | Path) -> SafeTensors:
     if not raw.startswith(b"{"):
         raise MalformedFile("header does not start with {", where=path, got=raw[:1])
     header = parse_object(raw, where=path)
-    metadata = _parse_metadata(header.pop(_METADATA, {}), path)
+    metadata = _parse_metadata(header.pop(METADATA_KEY, {}), path)
     refs = [_parse_entry(name, entry, path) for name, entry in header.items()]
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
     end = 0  # bytes of data covered so far
@@ -226,105 +182,9 @@ def open_sharded(directory: str | Path) -> SafeTensors:
     return SafeTensors(tuple(shard.files[0] for shard in shards), tensors, metadata)
 
 
-class SafeTensorsWriter:
-    """Writes a safetensors file tensor by tensor, in any order, each exactly once.
-
-    All tensors are declared first. Data are laid out by falling item size (then as declared), so every
-    tensor is aligned to its items. Use it as a context manager inside ``atomic_file``::
-
-        with atomic_file(path) as file, SafeTensorsWriter(file, specs, metadata) as writer:
-            writer.write("a.weight", array)
-
-    Args:
-        file: Seekable binary file at position 0.
-        specs: Every tensor of the file.
-        metadata: Strings for ``__metadata__``.
-
-    Raises:
-        UsageError: A duplicate or reserved name, an unknown dtype, or a negative size.
-    """
-
-    def __init__(
-        self, file: BinaryIO, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        self._file = file
-        self._refs = {}  # tensors not yet written
-        layout = _layout(specs)
-        header = json.dumps(_header(layout, metadata or {}), ensure_ascii=False, separators=(",", ":"))
-        raw = header.encode("utf-8")
-        raw += b" " * (-len(raw) % _ALIGN_BYTES)
-        if len(raw) > _MAX_HEADER_BYTES:
-            raise UsageError("header too large", expected=f"≤ {_MAX_HEADER_BYTES}", got=len(raw))
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        self._refs = {ref.name: replace(ref, offset=8 + len(raw) + ref.offset) for ref in layout}
-
-    def write(self, name: str, data: NDArray[np.generic]) -> None:
-        """Write one tensor; BF16 is given as uint16, F8 as uint8.
-
-        Raises:
-            UsageError: Not declared, already written, or of another dtype or shape than declared.
-        """
-        ref = self._refs.pop(name, None)
-        if ref is None:
-            raise UsageError("tensor is not declared, or already written", where=name)
-        expected = DTYPES[ref.dtype]
-        if (data.dtype.newbyteorder("<"), data.shape) != (expected, ref.shape):
-            raise UsageError(
-                "data do not match the declared tensor",
-                where=name,
-                expected=f"{ref.dtype} {ref.shape}",
-                got=f"{data.dtype} {data.shape}",
-            )
-        self._file.seek(ref.offset)
-        self._file.write(np.ascontiguousarray(data, expected).reshape(-1).view(np.uint8).data)
-
-    def close(self) -> None:
-        """Check that every declared tensor was written.
-
-        Raises:
-            UsageError: One was not.
-        """
-        if self._refs:
-            raise UsageError("declared tensors were not written", got=sorted(self._refs)[:5])
-
-    def __enter__(self) -> SafeTensorsWriter:
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if exc_type is None:
-            self.close()
-
-
-def write_safetensors(
-    path: str | Path,
-    tensors: Mapping[str, NDArray[np.generic]],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Write arrays in memory to a safetensors file, atomically; dtypes are taken from numpy.
-
-    Raises:
-        UsageError: A numpy type safetensors does not have.
-        OutputExists: ``path`` exists and ``overwrite`` is false.
-    """
-    specs = []
-    for name, data in tensors.items():
-        dtype = _NAMES.get(data.dtype.newbyteorder("<"))
-        if dtype is None:
-            raise UsageError("dtype not in safetensors", where=name, got=data.dtype)
-        specs.append(TensorSpec(name, dtype, data.shape))
-    with (
-        atomic_file(path, overwrite=overwrite) as file,
-        SafeTensorsWriter(file, specs, metadata) as writer,
-    ):
-        for name, data in tensors.items():
-            writer.write(name, data)
-
-
 def _parse_metadata(metadata: object, path: str | Path) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise MalformedFile(f"{_METADATA} does not map strings to strings", where=path)
+        raise MalformedFile(f"{METADATA_KEY} does not map strings to strings", where=path)
     return metadata
 
 
@@ -396,31 +256,3 @@ def _shard_path(directory: Path, name: str) -> Path:
     if real.parent not in allowed:
         raise MalformedFile("shard is a link that leaves the directory", where=path, got=real)
     return path
-
-
-def _layout(specs: Sequence[TensorSpec]) -> list[TensorRef]:
-    """Place tensors by falling item size; offsets are relative to the data."""
-    names = set()
-    for spec in specs:
-        if spec.name in names or spec.name == _METADATA:
-            raise UsageError("duplicate or reserved tensor name", where=spec.name)
-        if spec.dtype not in DTYPES or min(spec.shape, default=0) < 0:
-            raise UsageError("unknown dtype or negative size", where=spec.name, got=spec)
-        names.add(spec.name)
-    offset = 0
-    layout = []
-    for spec in sorted(specs, key=lambda spec: -DTYPES[spec.dtype].itemsize):
-        layout.append(TensorRef(spec.name, spec.dtype, spec.shape, offset))
-        offset += spec.nbytes
-    return layout
-
-
-def _header(layout: Sequence[TensorRef], metadata: Mapping[str, str]) -> dict[str, object]:
-    header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
-    for ref in layout:
-        header[ref.name] = {
-            "dtype": ref.dtype,
-            "shape": list(ref.shape),
-            "data_offsets": [ref.offset, ref.offset + ref.nbytes],
-        }
-    return header

@@ -191,7 +191,7 @@ def _parse_values(cursor: _Cursor, count: int) -> dict[str, GgufValue]:
 def _parse_scalar(cursor: _Cursor, kind: ValueType, key: str) -> str | int | float | bool:
     if kind is ValueType.STR:
         return cursor.string(rules.MAX_STRING_BYTES, f"value of {key}")
-    (value,) = cursor.unpack(_SCALARS[kind], key)
+    value: int | float = cursor.unpack(_SCALARS[kind], key)[0]
     if kind is ValueType.BOOL:
         if value > 1:
             cursor.fail(f"not a bool: {key}", expected="0 or 1", got=value)

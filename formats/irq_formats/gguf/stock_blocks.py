@@ -18,7 +18,8 @@ BF16 is the upper half of a float32. Source: ggml ``ggml-common.h``, ``ggml-quan
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ __all__ = ["BF16", "F16", "F32", "Q2_0", "Q4_0", "Q4_1", "Q8_0", "dequantize", "
 Bytes = NDArray[np.uint8]
 Half = NDArray[np.float16]
 Single = NDArray[np.float32]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class F32:
@@ -82,7 +84,7 @@ class BF16:
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-class Q8_0:
+class Q8_0:  # noqa: N801  (ggml's own name)
     """32 int8 codes and a float16 step."""
 
     @staticmethod
@@ -113,7 +115,7 @@ class Q8_0:
         return _scaled(d, q, 32)
 
 
-class Q4_0:
+class Q4_0:  # noqa: N801  (ggml's own name)
     """32 codes of 4 bits around 8 and a float16 step."""
 
     @staticmethod
@@ -132,7 +134,7 @@ class Q4_0:
         """Round float32 (..., n); the largest magnitude gets code 0, so d = it / -8."""
         blocks = _split(values, 32)  # (..., nb, 32)
         largest = np.abs(blocks).argmax(axis=-1)[..., None]
-        d = np.take_along_axis(blocks, largest, axis=-1)[..., 0] / np.float32(-8)  # (..., nb)
+        d: Single = np.take_along_axis(blocks, largest, axis=-1)[..., 0] / np.float32(-8)  # (..., nb)
         shifted = blocks * _reciprocal(d)[..., None] + np.float32(8.5)
         return Q4_0.pack(F16.quantize(d), _flat(shifted.clip(0, 15)).astype(np.uint8))
 
@@ -143,7 +145,7 @@ class Q4_0:
         return _scaled(d, q.view(np.int8) - np.int8(8), 32)
 
 
-class Q4_1:
+class Q4_1:  # noqa: N801  (ggml's own name)
     """32 codes of 4 bits, a float16 step and a float16 minimum."""
 
     @staticmethod
@@ -165,7 +167,7 @@ class Q4_1:
             return _flat(_split(_scaled(d, q, 32), 32) + F16.dequantize(m)[..., None])
 
 
-class Q2_0:
+class Q2_0:  # noqa: N801  (ggml's own name)
     """64 codes of 2 bits around 1 and a float16 step (ggml since July 2026)."""
 
     @staticmethod
@@ -192,29 +194,21 @@ class Q2_0:
         return _scaled(d, q.view(np.int8) - np.int8(1), 64)
 
 
-class _Decoder(Protocol):
-    def dequantize(self, raw: NDArray[np.generic], /) -> Single: ...
-
-
-class _Encoder(Protocol):
-    def quantize(self, values: Single, /) -> NDArray[np.generic]: ...
-
-
-_DECODERS: dict[GgmlType, _Decoder] = {
-    GgmlType.F32: F32,  # type: ignore[dict-item]
-    GgmlType.F16: F16,  # type: ignore[dict-item]
-    GgmlType.BF16: BF16,  # type: ignore[dict-item]
-    GgmlType.Q8_0: Q8_0,  # type: ignore[dict-item]
-    GgmlType.Q4_0: Q4_0,  # type: ignore[dict-item]
-    GgmlType.Q4_1: Q4_1,  # type: ignore[dict-item]
-    GgmlType.Q2_0: Q2_0,  # type: ignore[dict-item]
+_DECODERS: dict[GgmlType, Callable[[Any], Single]] = {
+    GgmlType.F32: F32.dequantize,
+    GgmlType.F16: F16.dequantize,
+    GgmlType.BF16: BF16.dequantize,
+    GgmlType.Q8_0: Q8_0.dequantize,
+    GgmlType.Q4_0: Q4_0.dequantize,
+    GgmlType.Q4_1: Q4_1.dequantize,
+    GgmlType.Q2_0: Q2_0.dequantize,
 }
-_ENCODERS: dict[GgmlType, _Encoder] = {
-    GgmlType.F32: F32,
-    GgmlType.F16: F16,
-    GgmlType.BF16: BF16,
-    GgmlType.Q8_0: Q8_0,
-    GgmlType.Q4_0: Q4_0,
+_ENCODERS: dict[GgmlType, Callable[[Single], NDArray[Any]]] = {
+    GgmlType.F32: F32.quantize,
+    GgmlType.F16: F16.quantize,
+    GgmlType.BF16: BF16.quantize,
+    GgmlType.Q8_0: Q8_0.quantize,
+    GgmlType.Q4_0: Q4_0.quantize,
 }
 
 
@@ -232,7 +226,7 @@ def dequantize(raw: NDArray[np.generic], type_: GgmlType, *, where: str | None =
             expected=", ".join(known.name for known in _DECODERS),
             got=type_.name,
         )
-    return decoder.dequantize(raw)
+    return decoder(raw)
 
 
 def quantize(values: Single, type_: GgmlType) -> NDArray[np.generic]:
@@ -248,22 +242,23 @@ def quantize(values: Single, type_: GgmlType) -> NDArray[np.generic]:
             expected=", ".join(known.name for known in _ENCODERS),
             got=type_.name,
         )
-    return encoder.quantize(values)
+    return encoder(values)
 
 
-def _split(rows: NDArray, size: int) -> NDArray:
+def _split(rows: NDArray[Scalar], size: int) -> NDArray[Scalar]:
     """(..., n) to (..., n / size, size)."""
     return rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
 
 
-def _flat(blocks: NDArray) -> NDArray:
+def _flat(blocks: NDArray[Scalar]) -> NDArray[Scalar]:
     """(..., nb, size) to (..., nb · size), contiguous."""
     return np.ascontiguousarray(blocks).reshape(*blocks.shape[:-2], -1)
 
 
 def _half(blocks: Bytes, at: int) -> Half:
     """The float16 field at byte ``at`` of each block: (..., nb)."""
-    return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
+    field: Half = np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")
+    return field[..., 0]
 
 
 def _half_bytes(values: Half) -> Bytes:
@@ -287,7 +282,7 @@ def _unpack_nibbles(packed: Bytes) -> Bytes:
     return _flat(np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1))
 
 
-def _scaled(d: Half, q: NDArray, block_size: int) -> Single:
+def _scaled(d: Half, q: NDArray[np.integer[Any]], block_size: int) -> Single:
     """d[block] · q as float32; inf · 0 and NaN follow IEEE without a warning."""
     values = q.astype(np.float32)
     blocks = _split(values, block_size)
