@@ -1,0 +1,152 @@
+"""The transformers quantizer ``ir-qlora``: a checkpoint opens with ``AutoModelForCausalLM.from_pretrained``.
+
+Importing this module registers it; :func:`load_model` imports it for you and checks the checkpoint first.
+The linear layers become :class:`~irq_export.block_modules.IrqLinear` before the weights are loaded, so the
+parts go from the file into the model as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.quantization import QUANT_METHOD, Quantization
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from irq_export.block_modules import BlockModule, IrqEmbedding, IrqLinear, IrqTiedHead
+
+__all__ = ["IrqConfig", "IrqQuantizer", "load_model"]
+
+_logger = logging.getLogger(__name__)
+
+
+@register_quantization_config(QUANT_METHOD)
+class IrqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of an IR-QLoRA checkpoint, as transformers wants it.
+
+    Args:
+        **values: The JSON object (spec/irq-checkpoint.md, section 3).
+
+    Raises:
+        MalformedFile: It breaks the specification.
+        UnsupportedModel: It is of another version.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        Quantization.from_dict(values, where="config.json")
+        self.__dict__.update(copy.deepcopy(values))
+
+    @property
+    def quantization(self) -> Quantization:
+        """The typed form."""
+        return Quantization.from_dict(self.to_dict(), where="config.json")
+
+
+@register_quantizer(QUANT_METHOD)
+class IrqQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts the block modules in place before transformers loads the weights."""
+
+    requires_calibration = True  # transformers' word for: does not quantise while loading
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Replace every quantised layer of the (still empty) model."""
+        quantization: Quantization = self.quantization_config.quantization
+        for name, spec in quantization.modules.items():
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Linear):
+                replacement: BlockModule = IrqLinear(
+                    spec, layer.in_features, layer.out_features, bias=layer.bias is not None
+                )
+            elif isinstance(layer, nn.Embedding):
+                replacement = IrqEmbedding(spec, layer.num_embeddings, layer.embedding_dim)
+            else:
+                raise UnsupportedModel(
+                    "cannot be quantised", where=name, expected="Linear | Embedding", got=type(layer).__name__
+                )
+            model.set_submodule(name, replacement)
+        _tie_head(model)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Replace the block modules by plain layers with the decoded weights (``model.dequantize()``)."""
+        tied = isinstance(model.get_output_embeddings(), IrqTiedHead)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BlockModule):
+                model.set_submodule(name, _plain_layer(module, dtype))
+        if tied:
+            embedding = model.get_input_embeddings()
+            head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+            head.weight = embedding.weight
+            model.set_output_embeddings(head)
+            del model._tied_weights_keys
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
+        return model
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` would write no manifest: the checkpoint directory itself is the model."""
+        _logger.warning(
+            "An IR-QLoRA model is not saved with save_pretrained: copy its checkpoint directory, and save "
+            "the adapter alone (irq_formats.adapter.write_peft_adapter)."
+        )
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top: gradients flow through the frozen layers."""
+        return True
+
+
+def _tie_head(model: PreTrainedModel) -> None:
+    """Where the embedding is quantised and the head is tied to it, let the head read the embedding."""
+    embedding = model.get_input_embeddings()
+    if model.config.tie_word_embeddings and isinstance(embedding, IrqEmbedding):
+        model.set_output_embeddings(IrqTiedHead(embedding))
+        model._tied_weights_keys = None  # of this model: there are no two parameters left to tie
+        model.all_tied_weights_keys = {}
+
+
+def _plain_layer(module: BlockModule, dtype: torch.dtype | None) -> nn.Module:
+    weight = nn.Parameter(module.dequantize().to(dtype or torch.float32), requires_grad=False)
+    if isinstance(module, IrqEmbedding):
+        return nn.Embedding.from_pretrained(weight)
+    out_features, in_features = module.shape
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+    layer.weight = weight
+    layer.bias = getattr(module, "bias", None)
+    return layer
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+) -> PreTrainedModel:
+    """Open a checkpoint as a transformers model, in evaluation mode.
+
+    Args:
+        path: The checkpoint directory.
+        dtype: Of activations and of the tensors that are not quantised. The quantised weights are decoded
+            in float32 and then cast, whatever the dtype.
+        device: Where to put it.
+        verify: Check the manifest and the base hash first.
+
+    Raises:
+        MalformedFile: The checkpoint breaks its specification.
+        UnsupportedModel: A model or version this version does not know.
+    """
+    open_checkpoint(path, verify=verify)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if problems := {key: value for key, value in info.items() if value}:
+        raise MalformedFile("tensors do not match the model", where=path, got=problems)
+    return model.to(device)
