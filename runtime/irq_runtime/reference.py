@@ -24,7 +24,7 @@ from irq_runtime.kv_cache import KVCache
 from irq_runtime.rope import rotate, rotation
 from irq_runtime.weights import Weights, open_weights
 
-__all__ = ["ReferenceModel", "attention", "load_model", "rms_norm", "silu"]
+__all__ = ["ReferenceModel", "ReferenceSession", "attention", "load_model", "rms_norm", "silu"]
 
 FloatArray = NDArray[np.floating]
 
@@ -130,6 +130,10 @@ class ReferenceModel:
         cache.advance(ids.size)
         return self._norm("output_norm", x, cache)
 
+    def session(self, dtype: DTypeLike = np.float64) -> ReferenceSession:
+        """Return an empty context for :func:`irq_runtime.sampling.generate`."""
+        return ReferenceSession(self, dtype)
+
     def head(self, hidden: FloatArray) -> FloatArray:
         """Project normalised states ``(n, hidden_size)`` on the vocabulary, ``(n, vocab_size)``."""
         name = "token_embd" if self.config.tie_word_embeddings else "output"
@@ -169,6 +173,19 @@ class ReferenceModel:
         name = f"blk.{layer}.ffn_"
         inner = silu(self._linear(name + "gate", x)) * self._linear(name + "up", x)
         return self._linear(name + "down", inner)
+
+
+class ReferenceSession:
+    """A model and the context it has read: implements :class:`irq_runtime.sampling.StepModel`."""
+
+    def __init__(self, model: ReferenceModel, dtype: DTypeLike) -> None:
+        self._model = model
+        self._cache = model.new_cache(dtype)
+
+    def next_logits(self, tokens: Sequence[int]) -> FloatArray:
+        """Append tokens and return the logits after the last one, ``(vocab_size,)``."""
+        last: FloatArray = self._model.head(self._model.hidden(tokens, self._cache)[-1:])[0]
+        return last
 
 
 def load_model(

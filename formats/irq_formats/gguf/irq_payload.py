@@ -197,8 +197,7 @@ def block_table(gguf: GgufFile) -> dict[str, BlockEntry]:
     fields = Fields(gguf.metadata, where)
     names = fields.strings("irq.blocks.name")
     strings = {
-        key: fields.strings(f"irq.blocks.{key}")
-        for key in ("codebook", "scale", "tau", "scale_rounding")
+        key: fields.strings(f"irq.blocks.{key}") for key in ("codebook", "scale", "tau", "scale_rounding")
     }
     numbers = {key: fields.array(f"irq.blocks.{key}", "u") for key in ("block_size", "out", "in")}
     _same_length(f"{where}: irq.blocks", {**strings, **numbers}, len(names))
@@ -266,9 +265,7 @@ def load_block(gguf: GgufFile, entry: BlockEntry) -> BlockTensor:
     return tensor
 
 
-def _check_zero_groups(
-    index: NDArray[np.generic], absmax: NDArray[np.generic], where: str
-) -> None:
+def _check_zero_groups(index: NDArray[np.generic], absmax: NDArray[np.generic], where: str) -> None:
     """Reject dq8 groups of absmax 0 whose indices are not all the index of 0."""
     zero_index = int(np.searchsorted(dynamic_map(), 0))
     group = np.repeat(absmax == 0, GROUP_SIZE)[: index.size]
@@ -339,11 +336,15 @@ def payload_names(gguf: GgufFile) -> set[str]:
     Raises:
         MalformedFile: See :func:`block_table` and :func:`read_adapter`.
     """
-    names = {
-        f"{entry.name}.{part}"
-        for entry in block_table(gguf).values()
-        for part in part_layout(entry.spec, entry.shape)
-    } if "irq.blocks.name" in gguf.metadata else set()
+    names = (
+        {
+            f"{entry.name}.{part}"
+            for entry in block_table(gguf).values()
+            for part in part_layout(entry.spec, entry.shape)
+        }
+        if "irq.blocks.name" in gguf.metadata
+        else set()
+    )
     fields = Fields(gguf.metadata, str(gguf.path))
     if "irq.adapter.name" in gguf.metadata:
         iec = fields.array("irq.adapter.iec", "b")

@@ -51,9 +51,7 @@ def model_metadata(config: ModelConfig, prefix: str) -> dict[str, GgufValue]:
     return _stock_metadata(config, prefix)
 
 
-def read_model(
-    metadata: Mapping[str, object], prefix: str, tensors: Collection[str] = ()
-) -> ModelConfig:
+def read_model(metadata: Mapping[str, object], prefix: str, tensors: Collection[str] = ()) -> ModelConfig:
     """Read the model description of a file.
 
     Args:
