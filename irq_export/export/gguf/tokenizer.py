@@ -1,0 +1,227 @@
+"""Tokenizer and chat template as GGUF metadata.
+
+``tokenizer.huggingface.json`` is always the checkpoint's ``tokenizer.json``, byte for byte: it is what
+our own runtimes use. The ``tokenizer.ggml.*`` keys say the same in llama.cpp's terms; for a stock file
+they must be exact, for a file of the irq profile they are a courtesy to viewers and left out, with a
+note, where llama.cpp has no equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.files import open_fixed
+from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
+from irq_formats.strict_json import parse_object
+
+from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
+from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
+
+__all__ = ["TokenizerMetadata", "read_tokenizer"]
+
+#: Names of a special token: in tokenizer_config.json, and in GGUF.
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "sep_token": "seperator_token_id",  # [sic]
+    "pad_token": "padding_token_id",
+}
+
+
+@dataclass(frozen=True)
+class TokenizerMetadata:
+    """What a file says about its tokenizer.
+
+    Attributes:
+        values: GGUF metadata, ``tokenizer.*``.
+        notes: What could not be said, for the user.
+    """
+
+    values: dict[str, GgufValue]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_tokenizer(
+    directory: Path, vocab_size: int, *, stock: bool, pre_tokenizer: str | None = None
+) -> TokenizerMetadata:
+    """Read the tokenizer of a Hugging Face directory.
+
+    Without a ``tokenizer.json`` the file gets llama.cpp's ``none`` model, for which prompts are token ids.
+
+    Args:
+        directory: Holds ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``.
+        vocab_size: Rows of the model's embedding.
+        stock: The ``tokenizer.ggml.*`` keys must make llama.cpp tokenize exactly as Hugging Face.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer, if the user knows better.
+
+    Raises:
+        UnsupportedModel: llama.cpp has no such tokenizer (``stock`` only).
+        MalformedFile: The files contradict themselves.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        if (directory / "tokenizer.model").is_file():
+            raise UnsupportedModel(
+                "the checkpoint has a SentencePiece model but no tokenizer.json",
+                where=directory,
+                hint="Write one with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+            )
+        note = "the checkpoint has no tokenizer: prompts must be token ids"
+        return TokenizerMetadata({"tokenizer.ggml.model": STR("none")}, [note])
+    file = open_fixed(path)
+    text = file.read_bytes(0, file.size)
+    tokenizer = parse_object(text, where=path)
+    config = _read_optional(directory / "tokenizer_config.json")
+    values: dict[str, GgufValue] = {}
+    notes: list[str] = []
+    try:
+        values |= _ggml_values(tokenizer, config, vocab_size, path, pre_tokenizer)
+    except UnsupportedModel as error:
+        if stock:
+            raise
+        notes.append(f"no tokenizer.ggml.* keys: {error}")
+    values |= _template_values(directory, config)
+    values["tokenizer.huggingface.json"] = STR(text.decode("utf-8"))
+    return TokenizerMetadata(values, notes)
+
+
+def _read_optional(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        return {}
+    file = open_fixed(path)
+    return parse_object(file.read_bytes(0, file.size), where=path)
+
+
+def _ggml_values(
+    tokenizer: Mapping[str, object],
+    config: Mapping[str, object],
+    vocab_size: int,
+    path: Path,
+    pre_tokenizer: str | None,
+) -> dict[str, GgufValue]:
+    vocabulary = read_vocabulary(tokenizer, vocab_size, path)
+    values = {"tokenizer.ggml.model": STR(vocabulary.model)}
+    if vocabulary.model == "gpt2":
+        _check_normalizer(tokenizer.get("normalizer"), {"NFC"}, path)
+        values["tokenizer.ggml.pre"] = STR(pre_tokenizer or recognise_pre_tokenizer(tokenizer, path))
+    else:
+        values["tokenizer.ggml.pre"] = STR("default")
+        values["tokenizer.ggml.add_space_prefix"] = BOOL(_adds_space_prefix(tokenizer, path))
+    values |= _token_values(vocabulary)
+    ids = {token: i for i, token in reversed(list(enumerate(vocabulary.tokens)))}
+    special = _special_ids(config, ids, path)
+    values |= {f"tokenizer.ggml.{key}": U32(token_id) for key, token_id in special.items()}
+    before, after = _template_ids(tokenizer)
+    for key, added, name in (("bos", before, "bos_token_id"), ("eos", after, "eos_token_id")):
+        if added and added != [special.get(name)]:
+            raise UnsupportedModel(
+                f"the tokenizer adds tokens that are not its {key} token",
+                where=f"{path}: post_processor",
+                expected=[special.get(name)],
+                got=added,
+            )
+        values[f"tokenizer.ggml.add_{key}_token"] = BOOL(bool(added))
+    return values
+
+
+def _token_values(vocabulary: Vocabulary) -> dict[str, GgufValue]:
+    values = {"tokenizer.ggml.tokens": STR.array(vocabulary.tokens)}
+    if vocabulary.scores is not None:
+        values["tokenizer.ggml.scores"] = F32.array(vocabulary.scores)
+    values["tokenizer.ggml.token_type"] = I32.array(vocabulary.types)
+    if vocabulary.merges is not None:
+        values["tokenizer.ggml.merges"] = STR.array(vocabulary.merges)
+    return values
+
+
+def _special_ids(config: Mapping[str, object], ids: Mapping[str, int], path: Path) -> dict[str, int]:
+    """Return the ids of the special tokens that ``tokenizer_config.json`` names, by GGUF key."""
+    found = {}
+    for name, key in _SPECIAL.items():
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if text is None:
+            continue
+        if text not in ids:
+            raise MalformedFile(f"{name} is not in the vocabulary", where=path, got=repr(text))
+        found[key] = ids[str(text)]
+    return found
+
+
+def _template_ids(tokenizer: Mapping[str, object]) -> tuple[list[int], list[int]]:
+    """Return the token ids that the post-processor puts before and after a text."""
+    for processor in _flat(tokenizer.get("post_processor"), "processors"):
+        if processor.get("type") != "TemplateProcessing":
+            continue
+        special, single = processor.get("special_tokens"), processor.get("single")
+        if not isinstance(special, Mapping) or not isinstance(single, list):
+            break
+        sides: tuple[list[int], list[int]] = ([], [])
+        side = 0
+        for piece in single:
+            if "Sequence" in piece:
+                side = 1
+            else:
+                sides[side].extend(special[piece["SpecialToken"]["id"]]["ids"])
+        return sides
+    return [], []
+
+
+def _flat(node: object, key: str) -> Iterator[Mapping[str, object]]:
+    """Yield the steps of a component of tokenizer.json that may be a sequence."""
+    if not isinstance(node, Mapping):
+        return
+    children = node.get(key)
+    if node.get("type") == "Sequence" and isinstance(children, list):
+        for child in children:
+            yield from _flat(child, key)
+    else:
+        yield node
+
+
+def _check_normalizer(normalizer: object, allowed: set[str], path: Path) -> None:
+    kinds = [str(step.get("type")) for step in _flat(normalizer, "normalizers")]
+    if not set(kinds) <= allowed:
+        raise UnsupportedModel(
+            "llama.cpp cannot normalise text like this tokenizer",
+            where=f"{path}: normalizer",
+            expected=sorted(allowed),
+            got=kinds,
+        )
+
+
+def _adds_space_prefix(tokenizer: Mapping[str, object], path: Path) -> bool:
+    """Tell whether a SentencePiece tokenizer puts a space before the text."""
+    normalizer = tokenizer.get("normalizer")
+    _check_normalizer(normalizer, {"Prepend", "Replace"}, path)
+    if any(step.get("type") == "Prepend" for step in _flat(normalizer, "normalizers")):
+        return True
+    steps = list(_flat(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    if any(step.get("type") != "Metaspace" for step in steps):
+        raise UnsupportedModel(
+            "llama.cpp cannot split text like this tokenizer",
+            where=f"{path}: pre_tokenizer",
+            expected="none or Metaspace",
+            got=[step.get("type") for step in steps],
+        )
+    return any(step.get("prepend_scheme", "always") != "never" for step in steps)
+
+
+def _template_values(directory: Path, config: Mapping[str, object]) -> dict[str, GgufValue]:
+    """Return the chat templates: a file of their own, one string, or a list of named ones."""
+    path = directory / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(template, str):
+        return {"tokenizer.chat_template": STR(template)}
+    named = {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else {}
+    values = {}
+    if "default" in named:
+        values["tokenizer.chat_template"] = STR(named.pop("default"))
+    if named:
+        values["tokenizer.chat_templates"] = STR.array(list(named))
+        values |= {f"tokenizer.chat_template.{name}": STR(text) for name, text in named.items()}
+    return values
