@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from math import gcd, sqrt
+from typing import cast
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ def add_elastic(y: Tensor, x: Tensor, beta: Tensor) -> Tensor:
         gets beta times the mean of the n/g elements of the same group of x.
     """
     groups = gcd(x.shape[-1], y.shape[-1])
-    means = x.unflatten(-1, (groups, -1)).mean(-1, keepdim=True)  # (..., g, 1)
-    return (y.unflatten(-1, (groups, -1)) + beta * means).flatten(-2)
+    means = x.reshape(*x.shape[:-1], groups, -1).mean(-1, keepdim=True)  # (..., g, 1)
+    return (y.reshape(*y.shape[:-1], groups, -1) + beta * means).reshape(y.shape)
 
 
 class IecLinear(nn.Module):
@@ -70,11 +71,12 @@ class IecLinear(nn.Module):
         self.scaling = scaling
         self.base = base.requires_grad_(False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        make = {"dtype": dtype or torch.float32, "device": device or _device(base)}
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **make))  # (r, in)
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **make))  # (out, r)
-        self.beta1 = nn.Parameter(torch.zeros(1, **make))
-        self.beta2 = nn.Parameter(torch.zeros(1, **make))
+        dtype = dtype or torch.float32
+        device = device or _device(base)
+        self.lora_a = nn.Parameter(torch.empty((rank, self.in_features), dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.zeros((self.out_features, rank), dtype=dtype, device=device))
+        self.beta1 = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+        self.beta2 = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=sqrt(5))
 
     @property
@@ -269,5 +271,8 @@ def _device(module: nn.Module) -> torch.device | None:
 
 
 def _weight_norm(module: nn.Module) -> float:
-    weight = module.weight if hasattr(module, "weight") else module.dequantize()  # type: ignore[operator]
-    return float(torch.linalg.vector_norm(weight.detach().float()))  # type: ignore[union-attr]
+    """Return the Frobenius norm of a linear module's weight, dequantised if it stores none."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = cast("Callable[[], Tensor]", module.dequantize)()
+    return float(torch.linalg.vector_norm(weight.detach().float()).item())
