@@ -138,7 +138,7 @@ class BlockModule(nn.Module):
         parts = {name: self.get_buffer(name).cpu().numpy().copy() for name in self.part_names}
         return BlockTensor(self.spec, self.shape, parts)
 
-    def scale(self) -> Tensor:
+    def effective_scale(self) -> Tensor:
         """Effective scales, float32 ``(out, nb)``."""
         stored = self.get_buffer("scale")
         if self.spec.scale != "dq8":
@@ -146,7 +146,7 @@ class BlockModule(nn.Module):
         values = dq8_values(stored, self.get_buffer("scale_absmax"), self.get_buffer("scale_offset"))
         return values.half().float() if self.spec.scale_rounding == "fp16" else values
 
-    def tau(self) -> Tensor | None:
+    def effective_tau(self) -> Tensor | None:
         """Effective offsets, float32 ``(out, nb)``, or None where the spec has none."""
         if self.spec.tau == "none":
             return None
@@ -156,7 +156,7 @@ class BlockModule(nn.Module):
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """Decode the matrix, float32 ``(out, in)``, bit-equal to ``BlockTensor.dequantize``."""
-        return decode_weight(self.get_buffer("codes"), self.scale(), self.tau(), self.spec)
+        return decode_weight(self.get_buffer("codes"), self.effective_scale(), self.effective_tau(), self.spec)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockModule:
         """Move the parts, never cast them: ``fn`` is shown plain bytes, which a cast leaves alone."""
@@ -229,9 +229,9 @@ class IrqEmbedding(BlockModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Look up integer ids of any shape ``(...)``: ``(..., embedding_dim)``."""
         rows = ids.reshape(-1)
-        tau = self.tau()
+        tau = self.effective_tau()
         weight = decode_weight(
-            self.get_buffer("codes")[rows], self.scale()[rows], None if tau is None else tau[rows], self.spec
+            self.get_buffer("codes")[rows], self.effective_scale()[rows], None if tau is None else tau[rows], self.spec
         )
         return weight.view(*ids.shape, self.embedding_dim).to(self.get_buffer("compute").dtype)
 
