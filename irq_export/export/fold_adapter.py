@@ -1,0 +1,155 @@
+"""Turn an IEC adapter into a plain PEFT adapter, exactly.
+
+With the betas fixed the elastic connection is linear, so it folds into A and B at the same rank. With
+``tau_from`` the block offsets of the quantised base go along as extra rank: then a base that knows only
+codes and scales (stock NF4, for instance) plus a stock LoRA computes what was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from irq_formats.adapter import Adapter, LoraLayer, fold_adapter_layers, tau_extra_rank
+from irq_formats.atomic import atomic_dir
+from irq_formats.errors import WrongBase
+from irq_formats.manifest import write_manifest
+from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from irq_formats.checkpoint import Checkpoint
+
+__all__ = ["WITHOUT_TAU", "FoldResult", "add_tau", "fold_adapter"]
+
+#: Suffix of the base hash of an adapter that carries tau. Its base is another one than the checkpoint's:
+#: attached to a base that has tau, it would add tau twice, and the hash check refuses that.
+WITHOUT_TAU = "-without-tau"
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What :func:`fold_adapter` did.
+
+    Attributes:
+        path: The adapter directory that was written.
+        layers: Number of adapted layers in it.
+        folded: Number of layers whose elastic connection was folded.
+        with_tau: Number of layers that carry block offsets as extra rank.
+        max_rank: Largest rank of a layer.
+        base_checked: Whether the adapter's base hash was compared with the checkpoint's; without a
+            recorded hash or a checkpoint there is nothing to compare.
+        file_bytes: Size of the adapter's weights.
+    """
+
+    path: Path
+    layers: int
+    folded: int
+    with_tau: int
+    max_rank: int
+    base_checked: bool
+    file_bytes: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields for ``--json``."""
+        return {**vars(self), "path": str(self.path)}
+
+
+def fold_adapter(
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    tau_from: str | Path | None = None,
+    overwrite: bool = False,
+) -> FoldResult:
+    """Write the plain PEFT equivalent of an IEC adapter.
+
+    Args:
+        adapter_dir: PEFT directory, plain or IEC (see :mod:`irq_formats.peft_adapter`).
+        output_dir: New PEFT directory; complete or absent, also after an interruption.
+        tau_from: Checkpoint whose block offsets are added as extra rank. The result then belongs on the
+            base *without* tau. A layer with tau keeps it bit for bit, its scaling moves into B.
+        overwrite: Replace an existing output directory.
+
+    Raises:
+        MalformedFile: The adapter or the checkpoint is broken.
+        UnsupportedModel: The adapter is not a (IEC-)LoRA of linear layers.
+        WrongBase: The adapter was trained on another base than ``tau_from``.
+        OutputExists: ``output_dir`` exists and ``overwrite`` is false.
+    """
+    adapter = read_peft_adapter(adapter_dir)
+    plain = fold_adapter_layers(adapter)
+    n_tau = 0
+    if tau_from is not None:
+        # imported here so that folding alone needs no checkpoint code
+        from irq_formats.checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(tau_from)
+        _check_base(adapter, checkpoint.base_hash, tau_from)
+        layers, n_tau = _with_tau_of(checkpoint, plain.layers)
+        plain = replace(plain, layers=layers, base_hash=checkpoint.base_hash + WITHOUT_TAU)
+    target = Path(output_dir)
+    with atomic_dir(target, overwrite=overwrite) as partial:
+        write_peft_adapter(partial, plain)
+        write_manifest(partial, {"folded_from": Path(adapter_dir).name})
+    return FoldResult(
+        path=target,
+        layers=len(plain.layers),
+        folded=sum(layer.has_iec for layer in adapter.layers.values()),
+        with_tau=n_tau,
+        max_rank=max(layer.rank for layer in plain.layers.values()),
+        base_checked=tau_from is not None and adapter.base_hash is not None,
+        file_bytes=(target / "adapter_model.safetensors").stat().st_size,
+    )
+
+
+def _check_base(adapter: Adapter, base_hash: str, where: object) -> None:
+    if adapter.base_hash is not None and adapter.base_hash != base_hash:
+        raise WrongBase(
+            "the adapter was trained against another quantised base",
+            where=where,
+            expected=f"base hash {adapter.base_hash}",
+            got=base_hash,
+            hint="Use the checkpoint the adapter was trained on.",
+        )
+
+
+def _with_tau_of(checkpoint: Checkpoint, layers: Mapping[str, LoraLayer]) -> tuple[dict[str, LoraLayer], int]:
+    """Add the offsets of every quantised module; return the layers and how many have offsets."""
+    extended = dict(layers)
+    n_tau = 0
+    for module in checkpoint.blocks:
+        tensor = checkpoint.block_tensor(module)
+        if tensor.spec.tau == "none":
+            continue
+        extended[module] = add_tau(layers.get(module), tensor.tau(), tensor.spec.block_size, module)
+        n_tau += 1
+    return extended, n_tau
+
+
+def add_tau(layer: LoraLayer | None, tau: NDArray[np.float32], block_size: int, module: str) -> LoraLayer:
+    """Return the layer with block offsets as extra rank and scaling 1.
+
+    Args:
+        layer: The layer's adapter, if it has one.
+        tau: Offsets, (out, in / block_size), float32.
+        block_size: Input elements per block.
+        module: Named in the error.
+
+    Raises:
+        WrongBase: The adapter has another shape than the base.
+    """
+    shape = (tau.shape[0], tau.shape[1] * block_size)
+    if layer is not None and layer.shape != shape:
+        raise WrongBase(
+            "the adapter does not fit the base",
+            where=module,
+            expected=f"(out, in) = {shape}",
+            got=layer.shape,
+            hint="Use the checkpoint the adapter was trained on.",
+        )
+    lora_a, lora_b = tau_extra_rank(layer, tau, block_size)
+    return LoraLayer(lora_a, lora_b)
