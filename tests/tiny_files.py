@@ -50,8 +50,7 @@ def state_f32(model: PreTrainedModel) -> dict[str, NDArray[np.float32]]:
     """Stock GGUF name to float32 array, rows in Hugging Face order."""
     state = model.state_dict()
     return {
-        name: state[gguf_to_hf(name)].detach().float().numpy()
-        for name in tensor_shapes(model_config(model))
+        name: state[gguf_to_hf(name)].detach().float().numpy() for name in tensor_shapes(model_config(model))
     }
 
 

@@ -49,9 +49,7 @@ class Fields:
 
     def _wrong(self, key: str, expected: str, value: object) -> MalformedFile:
         got = type(value).__name__ if not isinstance(value, float) else repr(value)
-        return MalformedFile(
-            "wrong type of value", where=f"{self.where}: {key}", expected=expected, got=got
-        )
+        return MalformedFile("wrong type of value", where=f"{self.where}: {key}", expected=expected, got=got)
 
     def integer(self, key: str, default: int | None = None) -> int:
         """Return an integer."""

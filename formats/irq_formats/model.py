@@ -152,9 +152,7 @@ class ModelConfig:
                 "out of range", where="rms_norm_eps", expected="0 to 1", got=self.rms_norm_eps
             )
         if not 1 < self.rope_theta < 1e12:
-            raise MalformedFile(
-                "out of range", where="rope_theta", expected="1 to 1e12", got=self.rope_theta
-            )
+            raise MalformedFile("out of range", where="rope_theta", expected="1 to 1e12", got=self.rope_theta)
         if self.rope_style not in ROPE_STYLES:
             raise MalformedFile(
                 "unknown RoPE style",
@@ -201,9 +199,7 @@ class ModelConfig:
             hidden_size=hidden_size,
             num_hidden_layers=fields.integer("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=fields.integer(
-                "num_key_value_heads", heads if family == "llama" else None
-            ),
+            num_key_value_heads=fields.integer("num_key_value_heads", heads if family == "llama" else None),
             head_dim=head_dim,
             intermediate_size=fields.integer("intermediate_size"),
             vocab_size=fields.integer("vocab_size"),
@@ -222,9 +218,7 @@ def _out_of_range(name: str, value: object) -> MalformedFile:
 
 
 def _unknown_family(family: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        "this model family is not supported", expected=" | ".join(FAMILIES), got=family
-    )
+    return UnsupportedModel("this model family is not supported", expected=" | ".join(FAMILIES), got=family)
 
 
 def _refuse_what_we_cannot_compute(fields: Fields, family: str) -> None:
@@ -270,9 +264,7 @@ def _read_hf_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     if values is None:
         return fields.number("rope_theta", _DEFAULT_THETA), None
     if not isinstance(values, Mapping):
-        raise MalformedFile(
-            "wrong type of value", where=f"{fields.where}: {key}", expected="an object"
-        )
+        raise MalformedFile("wrong type of value", where=f"{fields.where}: {key}", expected="an object")
     rope = Fields(values, f"{fields.where}: {key}")
     theta = rope.number("rope_theta", fields.number("rope_theta", _DEFAULT_THETA))
     if fields.has("rope_theta") and theta != fields.number("rope_theta"):

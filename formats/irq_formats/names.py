@@ -80,11 +80,7 @@ def linear_names(config: ModelConfig) -> list[str]:
 
     The embedding and the head are not among them.
     """
-    return [
-        f"model.layers.{layer}.{part}"
-        for layer in range(config.num_hidden_layers)
-        for part in _LINEARS
-    ]
+    return [f"model.layers.{layer}.{part}" for layer in range(config.num_hidden_layers) for part in _LINEARS]
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

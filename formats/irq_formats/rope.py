@@ -9,8 +9,9 @@ by 3e-5, so float32 results are part of what the model *is*; they are reproduced
     linear   f[i] = fl32(f[i] / factor)
     llama3   see _llama3
 
-torch's float32 power is not always the nearest float32: over the usual theta and d, at most one of the
-d/2 frequencies differs, by one unit in the last place.
+With float64 angles the logits of SmolLM2-135M over 512 positions would differ by an NMSE of 9e-13, ten
+times all other differences together. torch's float32 power is not always the nearest float32: over
+the usual theta and d, at most one of the d/2 frequencies differs, by one unit in the last place.
 """
 
 from __future__ import annotations

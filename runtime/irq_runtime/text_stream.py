@@ -18,9 +18,7 @@ class TextStream:
         stopped: A stop string was met; the text ends before it.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         """Start after a prompt.
 
         Args:

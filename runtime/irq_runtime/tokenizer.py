@@ -65,9 +65,7 @@ class Tokenizer:
         """Return how a token is written in the vocabulary ("" for None)."""
         return "" if token is None else self._model.id_to_token(token) or ""
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """Render messages (``role``, ``content``) with the file's chat template.
 
         Raises:
@@ -139,7 +137,7 @@ def load_tokenizer(gguf: GgufFile) -> Tokenizer:
         )
     try:
         model = tokenizers.Tokenizer.from_str(fields.string("tokenizer.huggingface.json"))
-    except Exception as error:  # the library raises bare Exception  # noqa: BLE001
+    except Exception as error:  # the library raises bare Exception
         raise MalformedFile(
             "not a tokenizer", where=f"{where}: tokenizer.huggingface.json", got=error
         ) from error

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from irq_formats.adapter import LoraLayer, fold
+from irq_formats.blocks import BlockTensor
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.fields import Fields
 from irq_formats.gguf.irq_check import check_adapter_fits, check_no_strangers, plain_tensors
@@ -100,9 +101,7 @@ class Weights:
         layer = self._source.adapter.get(name)
         if layer is None:
             return None
-        wide = replace(
-            layer, lora_a=layer.lora_a.astype(dtype), lora_b=layer.lora_b.astype(dtype)
-        )
+        wide = replace(layer, lora_a=layer.lora_a.astype(dtype), lora_b=layer.lora_b.astype(dtype))
         return fold(wide)
 
 
@@ -131,15 +130,12 @@ def open_weights(
     other = None if adapter is None else open_gguf(adapter)
     fields = Fields(model.metadata, str(path))
     if fields.string("general.type", "model") == "adapter":
-        raise UsageError(
-            "this file is an adapter, not a model", where=path, hint="Give it as --adapter"
-        )
+        raise UsageError("this file is an adapter, not a model", where=path, hint="Give it as --adapter")
     architecture = fields.string("general.architecture")
     open_source = _irq_source if architecture == ARCHITECTURE else _stock_source
     source = open_source(model, other)
     scaled = {
-        name: replace(layer, scaling=layer.scaling * adapter_scale)
-        for name, layer in source.adapter.items()
+        name: replace(layer, scaling=layer.scaling * adapter_scale) for name, layer in source.adapter.items()
     }
     return Weights(replace(source, adapter=scaled), cache_bytes)
 
@@ -149,7 +145,7 @@ def _irq_source(gguf: GgufFile, adapter: GgufFile | None) -> Source:
     config = read_model(gguf.metadata, IRQ_PREFIX)
     loaders = {name: _plain_loader(gguf, name) for name in plain_tensors(gguf, config)}
     for name, load in read_blocks(gguf).items():
-        loaders[f"{name}.weight"] = lambda load=load: load().dequantize()
+        loaders[f"{name}.weight"] = _block_loader(load)
     layers, where = read_adapter(gguf), gguf.path
     check_base(gguf, gguf)
     if adapter is not None:
@@ -184,9 +180,7 @@ def _stock_source(gguf: GgufFile, adapter: GgufFile | None) -> Source:
     if _ROPE_FACTORS in gguf.tensors:
         factors = gguf.read_f32(_ROPE_FACTORS)
         if factors.shape != frequencies.shape or not (factors > 0).all():
-            raise MalformedFile(
-                "rotary factors", where=gguf.path, expected=f"{frequencies.shape}, positive"
-            )
+            raise MalformedFile("rotary factors", where=gguf.path, expected=f"{frequencies.shape}, positive")
         frequencies = frequencies / factors
     layers = {} if adapter is None else _stock_adapter(adapter, architecture)
     check_adapter_fits(layers, config, adapter.path if adapter else gguf.path)
@@ -196,6 +190,10 @@ def _stock_source(gguf: GgufFile, adapter: GgufFile | None) -> Source:
 
 def _plain_loader(gguf: GgufFile, name: str) -> Callable[[], F32]:
     return lambda: gguf.read_f32(name)
+
+
+def _block_loader(load: Callable[[], BlockTensor]) -> Callable[[], F32]:
+    return lambda: load().dequantize()
 
 
 def _stock_adapter(gguf: GgufFile, architecture: str) -> dict[str, LoraLayer]:
@@ -222,9 +220,7 @@ def _stock_adapter(gguf: GgufFile, architecture: str) -> dict[str, LoraLayer]:
     for name in sorted(names):
         pair = [f"{name}.lora_a", f"{name}.lora_b"]
         if not name.endswith(".weight") or not all(part in gguf.tensors for part in pair):
-            raise MalformedFile(
-                "not a pair of LoRA matrices", where=gguf.path, expected=" and ".join(pair)
-            )
+            raise MalformedFile("not a pair of LoRA matrices", where=gguf.path, expected=" and ".join(pair))
         a, b = (gguf.read_f32(part) for part in pair)
         layer = LoraLayer(a, b, scaling=alpha / a.shape[0] if alpha else 1.0)
         layer.validate(f"{gguf.path}: {name}")

@@ -1,4 +1,4 @@
-"""Does an irq file hold a whole model, and nothing else? (spec/irq-gguf.md)
+"""Whether an irq file holds a whole model and nothing else (spec/irq-gguf.md).
 
 Every tensor the model description asks for is there exactly once, as blocks or plain, in its shape;
 every tensor in the file is asked for; the adapter fits the matrices it adapts.
