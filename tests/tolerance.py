@@ -7,6 +7,8 @@ __all__ = [
     "FOLD_FLOAT64",
     "FOLD_PEFT_LOGITS",
     "LLAMACPP_FORCED_LOGPROB",
+    "MALFORMED_MEMORY_BYTES",
+    "MALFORMED_SECONDS",
     "NMSE_FLOAT32",
     "NMSE_FLOAT64",
     "NMSE_SUM_ORDER",
@@ -34,9 +36,13 @@ FOLD_FLOAT64 = 1e-13
 FOLD_FLOAT32 = 2.5e-7
 
 #: Logits of a tiny model with the folded adapter in stock PEFT, float32, against our unfolded module:
-#: largest difference over largest logit; float32 summation order through two layers.
+#: largest difference over largest logit; float32 summation order through two layers. Measured 5e-7..1.1e-6.
 FOLD_PEFT_LOGITS = 5e-6
 
 #: The same float64 arithmetic with sums in another order (stepping through a cache against one pass): an
 #: error of 1e-16 per operation, squared, times 1e4 operations in a row and 1e2 of amplification.
 NMSE_SUM_ORDER = 1e-26
+
+#: What a malformed file may cost before it is refused (design.md section 6, facts/peers-style.md D.5).
+MALFORMED_SECONDS = 1.0
+MALFORMED_MEMORY_BYTES = 64 << 20
