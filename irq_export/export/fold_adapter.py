@@ -119,14 +119,20 @@ def _check_base(adapter: Adapter, base_hash: str, where: object) -> None:
 
 def _with_tau_of(checkpoint: Checkpoint, layers: Mapping[str, LoraLayer]) -> tuple[dict[str, LoraLayer], int]:
     """Add the offsets of every quantised module; return the layers and how many have offsets."""
+    for module in layers:
+        if module not in checkpoint.blocks and f"{module}.weight" not in checkpoint.plain:
+            raise WrongBase(
+                "the adapter names a layer that the base does not have",
+                where=module,
+                hint="Use the checkpoint the adapter was trained on.",
+            )
     extended = dict(layers)
     n_tau = 0
-    for module in checkpoint.blocks:
-        tensor = checkpoint.block_tensor(module)
-        if tensor.spec.tau == "none":
-            continue
-        extended[module] = add_tau(layers.get(module), tensor.tau(), tensor.spec.block_size, module)
-        n_tau += 1
+    for module, entry in checkpoint.blocks.items():
+        if entry.spec.tau != "none":
+            tau = checkpoint.block_tensor(module).tau()
+            extended[module] = add_tau(layers.get(module), tau, entry.spec.block_size, module)
+            n_tau += 1
     return extended, n_tau
 
 

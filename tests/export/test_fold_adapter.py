@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from irq_formats.adapter import Adapter, LoraLayer, delta_weight, random_layer
-from irq_formats.blocks import BlockSpec, encode
+from irq_formats.blocks import BlockSpec, BlockTensor, encode
+from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import OutputExists, WrongBase
 from irq_formats.manifest import check_manifest
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_checkpoints import write_tiny_checkpoint
 from tiny_models import tiny_model, tiny_tokens
 from tolerance import FOLD_PEFT_LOGITS
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from irq_export.cli.fold_adapter import command
 from irq_export.export.fold_adapter import add_tau, fold_adapter
 from irq_export.iec import attach, detach, random_adapter
+from irq_export.quantizer import load_model
 
 # PEFT 0.21 on transformers 5.23 reads a property that transformers is about to rename
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -155,6 +159,57 @@ def test_tau_as_extra_rank_in_stock_peft(tmp_path: Path):
     got = logits(load_in_peft(model, tmp_path / "tau"), tokens)
     assert relative(got, want) < FOLD_PEFT_LOGITS
     assert relative(without_tau, want) > 0.01
+
+
+@pytest.mark.parametrize("spec", [BlockSpec(), BlockSpec("int4", tau="f16")], ids=lambda spec: spec.codebook)
+def test_tau_from_a_checkpoint(tmp_path: Path, spec: BlockSpec):
+    """A stock PEFT adapter on the dequantised base without tau computes what was trained."""
+    blocks = write_tiny_checkpoint(tmp_path / "checkpoint", spec, embedding=True)
+    trained = load_model(tmp_path / "checkpoint")
+    base_hash = open_checkpoint(tmp_path / "checkpoint").base_hash
+    tokens = tiny_tokens(trained)
+    partly = random_adapter(trained, rank=12, seed=5, select=lambda name: "o_proj" not in name)
+    write_peft_adapter(tmp_path / "iec", replace(partly, base_hash=base_hash))
+    attach(trained, partly)
+    want = logits(trained, tokens)
+
+    result = fold_adapter(tmp_path / "iec", tmp_path / "out", tau_from=tmp_path / "checkpoint")
+    # 7 linears in each of 2 layers have tau, o_proj no adapter; the int8 head has an adapter but no tau
+    assert (result.layers, result.folded, result.with_tau) == (15, 13, 14)
+    assert result.max_rank == 12 + 192 // 64
+    assert result.base_checked
+
+    base = load_model(tmp_path / "checkpoint").dequantize()
+    for name, tensor in blocks.items():
+        parts = {part: array for part, array in tensor.parts.items() if not part.startswith("tau")}
+        tau_less = BlockTensor(replace(tensor.spec, tau="none"), tensor.shape, parts)
+        base.get_submodule(name).weight.data = torch.from_numpy(tau_less.dequantize())
+    assert relative(logits(base, tokens), want) > 0.01
+    assert relative(logits(load_in_peft(base, tmp_path / "out"), tokens), want) < FOLD_PEFT_LOGITS
+
+
+def test_tau_from_needs_the_base_of_the_adapter(tmp_path: Path):
+    write_tiny_checkpoint(tmp_path / "checkpoint")
+    adapter = random_adapter(tiny_model())
+    fold = partial(fold_adapter, output_dir=tmp_path / "out", tau_from=tmp_path / "checkpoint")
+    write_peft_adapter(tmp_path / "other", replace(adapter, base_hash="ab" * 32))
+    with pytest.raises(WrongBase, match="another quantised base"):
+        fold(tmp_path / "other")
+    small = random_adapter(tiny_model(hidden_size=64))
+    write_peft_adapter(tmp_path / "small", small)
+    with pytest.raises(WrongBase, match="does not fit the base"):
+        fold(tmp_path / "small")
+    deep = random_adapter(tiny_model(num_hidden_layers=3))
+    write_peft_adapter(tmp_path / "deep", deep)
+    with pytest.raises(WrongBase, match="does not have"):
+        fold(tmp_path / "deep")
+    assert not (tmp_path / "out").exists()
+    # an adapter that records no base can be folded, and says that nothing was compared
+    write_peft_adapter(tmp_path / "unknown", adapter)
+    assert not fold(tmp_path / "unknown").base_checked
+    # the result belongs on a base without tau: taken for an ordinary adapter of this one, it is refused
+    with pytest.raises(WrongBase, match="another quantised base"):
+        fold_adapter(tmp_path / "out", tmp_path / "twice", tau_from=tmp_path / "checkpoint")
 
 
 def attached(model: nn.Module, adapter: Adapter) -> nn.Module:
