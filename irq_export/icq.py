@@ -73,7 +73,7 @@ def quantize_tensor(
     blocks = weight.detach().to(torch.float32).contiguous().view(-1, spec.block_size)
     if budget is None:
         budget = _CUDA_BUDGET if blocks.is_cuda else _CPU_BUDGET
-    chunks = blocks.split(max(1, budget // _bytes_per_block(spec, config)))
+    chunks = torch.split(blocks, max(1, budget // _bytes_per_block(spec, config)))
     if any(not bool(chunk.abs().amax() <= _MAX_WEIGHT) for chunk in chunks):
         raise UnsupportedModel(
             "not a quantisable weight",
@@ -93,9 +93,7 @@ def quantize_tensor(
             search_blocks(chunk, spec.codebook, config, with_tau=spec.tau != "none", pairs_at_once=pairs)
             for chunk in chunks
         ]
-        scale, tau = (
-            torch.cat(part).view(shape[0], -1).cpu().numpy() for part in zip(*found, strict=True)
-        )
+        scale, tau = (torch.cat(part).view(shape[0], -1).cpu().numpy() for part in zip(*found, strict=True))
         block = encode(blocks.view(shape).cpu().numpy(), scale, tau, spec)
     return _measured(blocks.view(shape), block, before)
 
@@ -120,7 +118,7 @@ def _check(weight: Tensor, spec: BlockSpec, config: SearchConfig, where: str) ->
 
 def _bytes_per_block(spec: BlockSpec, config: SearchConfig) -> int:
     """Temporaries of the search for one block: candidates (pairs, entropy, mask) and a few sorted copies."""
-    return (2 * config.tau_steps + 1) * 40 + spec.block_size * 64 + 2**spec.bits * 40
+    return (2 * config.tau_steps + 1) * 40 + spec.block_size * 64 + (1 << spec.bits) * 40
 
 
 def _quantize_reference(

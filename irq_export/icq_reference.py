@@ -5,8 +5,9 @@ What differs from the exact search (irq_export.icq_search):
 * the codes are chosen against the unquantised pair: ``x * (1 / max(s, 1e-38))``, clamped to [-1, 1], counted
   against the midpoints; the stored scale and offset are quantised afterwards and never corrected for;
 * with ICQ, ``w - tau`` is rounded to fp16 before s and the codes are taken (``Params4bit`` is half);
-* entropy is a float32 sum over the codes in ascending order (torch's CPU order); a candidate must be
-  strictly better than all before it;
+* entropy is a float32 sum over the codes in ascending order (torch's own on a CPU for every shape the
+  released code accepts, those of whole groups of 256 blocks); a candidate must be strictly better than all
+  before it;
 * double quantisation of s is bitsandbytes' CPU kernel: the mean subtracted, ``x * (1 / absmax)`` placed on a
   grid of 65536 points, each of which knows its nearest map value; that of tau is an argmin over the map.
 

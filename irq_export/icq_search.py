@@ -8,20 +8,22 @@ multiply-add, no flush to zero; ``fl`` marks a rounding. For a block ``w[0..B-1]
 2. Candidates ``i = 0 .. 2n``: ``f_i = fl32(((i - n) / n * tau_range) * SIGMA)``, evaluated in float64 from
    left to right; ``t_i = fl(fl(f_i * A) + tau0)``; ``s_i = max fl|w - t_i|``.
 3. The pair of a candidate is ``(s_i, t_i)`` for nf codebooks. For int-k it is ``d = fl(s_i / h)`` with
-   ``h = (2**k - 1) / 2`` and the offset ``fl(t_i + fl(d / 2))``: 2**k levels symmetric around ``t_i``. Without
-   a search it is ``t = 0``, ``s = max|w|``; for int-k then ``d = fl(s / h)`` and no half step, so the levels
-   are ``d * (q - 2**(k-1))``.
+   ``h = (2**k - 1) / 2`` and the offset ``fl(t_i + fl(d / 2))``: 2**k levels symmetric around ``t_i``.
+   Without a search it is ``s = max|w|``, ``tau = 0``; for int-k then ``d = fl(s / h)`` and no half step, so
+   the levels are ``d * (q - 2**(k-1))``.
 4. Codes follow the codec: the number of thresholds ``fl(fl(scale * midpoint_k) + tau)`` strictly below w;
    where the scale is zero, the codebook's zero code.
-5. Entropy in fixed point: ``H = sum over codes of T[count]``, ``T[n] = round(-(n/B) * log2(n/B) * 2**40)``, int64.
-   Squared error: ``e = fl(w - fl(fl(scale * level) + tau))``, ``fl(e * e)``, summed by halving: ``x[:B/2] + x[B/2:]``
-   until one value is left.
-6. ``objective="entropy"``: the largest H wins; ``tie="mse"`` then takes the least squared error, ``tie="first"``
-   none of it. ``objective="mse"``: the least squared error wins. What is still equal goes to the smallest i.
+5. Entropy in fixed point, int64: ``H = sum over codes of T[count]`` with
+   ``T[n] = round(-(n/B) * log2(n/B) * 2**40)``. Squared error: ``e = fl(w - fl(fl(scale * level) + tau))``,
+   ``fl(e * e)``, summed by halving: ``x[:B/2] + x[B/2:]`` until one value is left.
+6. ``objective="entropy"``: the largest H wins; among equal ones ``tie="mse"`` takes the least squared error,
+   ``tie="first"`` the first. ``objective="mse"``: the least squared error wins. Whatever is still equal goes
+   to the smallest i.
 7. ``refine="ls"``: with ``c = levels[code]`` of the winner, all in float64, sums by halving: means
-   ``mc = sum(c)/B``, ``mw = sum(w)/B``; ``slope = sum((c - mc)*(w - mw)) / sum((c - mc)**2)``; the pair becomes
-   ``(fl32(slope), fl32(mw - slope*mc))``. Where there is no offset: ``slope = sum(c*w) / sum(c*c)``. The pair
-   is kept where the denominator is 0 or ``fl32(slope)`` is not above 0. Codes are chosen again when stored.
+   ``mc = sum(c)/B``, ``mw = sum(w)/B``; ``slope = sum((c - mc) * (w - mw)) / sum((c - mc) * (c - mc))``; the
+   pair becomes ``(fl32(slope), fl32(mw - slope * mc))``. Where the file holds no offset:
+   ``slope = sum(c * w) / sum(c * c)``. The pair is kept where the denominator is 0 or ``fl32(slope)`` is not
+   above 0. Codes are chosen again when stored.
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ def _plain_pair(blocks: Tensor, book: _Book) -> tuple[Tensor, Tensor]:
 
 
 def _candidate_pair(low: Tensor, high: Tensor, t: Tensor, book: _Book) -> tuple[Tensor, Tensor]:
-    """Step 3 for blocks within [low, high] and candidate offsets t: rounding is monotone, so the ends decide."""
+    """Step 3 for blocks within [low, high] and offsets t: rounding is monotone, so the ends decide s."""
     s = torch.maximum(high - t, t - low)
     if book.half_range is None:
         return s, t
@@ -194,7 +196,7 @@ def _least_error(
     best = torch.full((n,), math.inf, device=blocks.device)
     errors = []
     row, column = allowed.nonzero(as_tuple=True)
-    for r, c in zip(row.split(pairs_at_once), column.split(pairs_at_once), strict=True):
+    for r, c in zip(*(torch.split(x, pairs_at_once) for x in (row, column)), strict=True):
         error = _squared_error(blocks[r], scales[r, c], taus[r, c], book)
         best.scatter_reduce_(0, r, error, "amin")
         errors.append(error)
@@ -225,9 +227,7 @@ def _search(blocks: Tensor, config: SearchConfig, book: _Book, pairs_at_once: in
     return scales.gather(1, winner[:, None])[:, 0], taus.gather(1, winner[:, None])[:, 0]
 
 
-def _refit(
-    blocks: Tensor, scale: Tensor, tau: Tensor, book: _Book, with_tau: bool
-) -> tuple[Tensor, Tensor]:
+def _refit(blocks: Tensor, scale: Tensor, tau: Tensor, book: _Book, with_tau: bool) -> tuple[Tensor, Tensor]:
     """Step 7."""
     codes = _codes(blocks, scale, tau, book)
     c = book.levels.double().index_select(0, codes.reshape(-1)).view(blocks.shape)
