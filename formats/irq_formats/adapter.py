@@ -37,6 +37,7 @@ __all__ = [
     "fold_adapter_layers",
     "random_layer",
     "tau_extra_rank",
+    "unify_rank",
 ]
 
 FloatArray = NDArray[np.floating]
@@ -193,6 +194,37 @@ def fold_adapter_layers(adapter: Adapter) -> Adapter:
     return replace(adapter, layers={name: fold(layer) for name, layer in adapter.layers.items()})
 
 
+def unify_rank(adapter: Adapter) -> Adapter:
+    """Give every layer the same rank and, where they differ, the scaling 1.
+
+    For runtimes that know one rank and one alpha per adapter. Ranks are filled up with zeros; a scaling
+    moves into B (exact when it is a power of two). Elastic connections are folded, since they depend on
+    the rank.
+    """
+    layers = fold_adapter_layers(adapter).layers
+    rank = max(layer.rank for layer in layers.values())
+    same_scaling = len({layer.scaling for layer in layers.values()}) == 1
+    unified = {
+        name: _fill_rank(layer if same_scaling else _unscaled(layer), rank) for name, layer in layers.items()
+    }
+    return replace(adapter, layers=unified)
+
+
+def _unscaled(layer: LoraLayer) -> LoraLayer:
+    """Move the scaling into B, computed in float64 and rounded once."""
+    lora_b = (layer.scaling * layer.lora_b.astype(np.float64)).astype(layer.lora_b.dtype)
+    return replace(layer, lora_b=lora_b, scaling=1.0)
+
+
+def _fill_rank(layer: LoraLayer, rank: int) -> LoraLayer:
+    missing = (0, rank - layer.rank)
+    return replace(
+        layer,
+        lora_a=np.pad(layer.lora_a, (missing, (0, 0))),
+        lora_b=np.pad(layer.lora_b, ((0, 0), missing)),
+    )
+
+
 def _add_elastic(weight: FloatArray, beta: float) -> FloatArray:
     """Add ``beta`` times the matrix of :func:`elastic` to a weight (rows: results, columns: inputs).
 
@@ -251,11 +283,10 @@ def tau_extra_rank(
             expected=f"(out, in) = {(n_out, n_in)} from tau {tau.shape} at block size {block_size}",
             got=layer.shape,
         )
-    folded = fold(layer)
-    scaled = (folded.scaling * folded.lora_b.astype(np.float64)).astype(np.float32)
+    folded = _unscaled(fold(layer))
     return (
         np.concatenate([folded.lora_a.astype(np.float32, copy=False), ones], axis=0),
-        np.concatenate([scaled, offsets], axis=1),
+        np.concatenate([folded.lora_b.astype(np.float32, copy=False), offsets], axis=1),
     )
 
 

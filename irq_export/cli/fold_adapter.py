@@ -20,6 +20,11 @@ __all__ = ["command"]
     type=click.Path(path_type=Path),
     help="Checkpoint whose block offsets become extra rank, for a base that stores none.",
 )
+@click.option(
+    "--uniform-rank",
+    is_flag=True,
+    help="One rank and scaling for all layers, for vLLM and llama.cpp's converter.",
+)
 @force_option
 @json_option
 @verb
@@ -27,11 +32,14 @@ def command(
     adapter_dir: Path,
     output_dir: Path,
     tau_from: Path | None,
+    uniform_rank: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Fold the elastic connections of ADAPTER_DIR into A and B; stock PEFT loads the result."""
-    result = fold_adapter(adapter_dir, output_dir, tau_from=tau_from, overwrite=overwrite)
+    result = fold_adapter(
+        adapter_dir, output_dir, tau_from=tau_from, uniform_rank=uniform_rank, overwrite=overwrite
+    )
     emit(result.to_dict(), _describe(result), as_json=as_json)
 
 

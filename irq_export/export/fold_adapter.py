@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from irq_formats.adapter import Adapter, LoraLayer, fold_adapter_layers, tau_extra_rank
+from irq_formats.adapter import Adapter, LoraLayer, fold_adapter_layers, tau_extra_rank, unify_rank
 from irq_formats.atomic import atomic_dir
+from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import WrongBase
 from irq_formats.manifest import write_manifest
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from irq_formats.checkpoint import Checkpoint
 
 __all__ = ["WITHOUT_TAU", "FoldResult", "add_tau", "fold_adapter"]
 
@@ -63,6 +60,7 @@ def fold_adapter(
     output_dir: str | Path,
     *,
     tau_from: str | Path | None = None,
+    uniform_rank: bool = False,
     overwrite: bool = False,
 ) -> FoldResult:
     """Write the plain PEFT equivalent of an IEC adapter.
@@ -72,6 +70,9 @@ def fold_adapter(
         output_dir: New PEFT directory; complete or absent, also after an interruption.
         tau_from: Checkpoint whose block offsets are added as extra rank. The result then belongs on the
             base *without* tau. A layer with tau keeps it bit for bit, its scaling moves into B.
+        uniform_rank: Give every layer the same rank and scaling, for runtimes that ignore PEFT's
+            ``rank_pattern`` and ``alpha_pattern`` (vLLM, llama.cpp's converter). Matters with
+            ``tau_from``, where wider inputs have more blocks; costs zeros in the file.
         overwrite: Replace an existing output directory.
 
     Raises:
@@ -84,13 +85,12 @@ def fold_adapter(
     plain = fold_adapter_layers(adapter)
     n_tau = 0
     if tau_from is not None:
-        # imported here so that folding alone needs no checkpoint code
-        from irq_formats.checkpoint import open_checkpoint
-
         checkpoint = open_checkpoint(tau_from)
         _check_base(adapter, checkpoint.base_hash, tau_from)
         layers, n_tau = _with_tau_of(checkpoint, plain.layers)
         plain = replace(plain, layers=layers, base_hash=checkpoint.base_hash + WITHOUT_TAU)
+    if uniform_rank:
+        plain = unify_rank(plain)
     target = Path(output_dir)
     with atomic_dir(target, overwrite=overwrite) as partial:
         write_peft_adapter(partial, plain)

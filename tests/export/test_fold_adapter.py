@@ -186,6 +186,29 @@ def test_tau_from_a_checkpoint(tmp_path: Path, spec: BlockSpec):
         base.get_submodule(name).weight.data = torch.from_numpy(tau_less.dequantize())
     assert relative(logits(base, tokens), want) > 0.01
     assert relative(logits(load_in_peft(base, tmp_path / "out"), tokens), want) < FOLD_PEFT_LOGITS
+    assert adapter_config(tmp_path / "out")["rank_pattern"]
+
+
+def adapter_config(directory: Path) -> dict[str, object]:
+    return json.loads((directory / "adapter_config.json").read_text())
+
+
+def test_uniform_rank_needs_no_patterns(tmp_path: Path):
+    model = tiny_model()
+    tokens = tiny_tokens(model)
+    layers = {
+        name: random_layer(layer.shape, 8.0, np.random.default_rng(i), rank=3 + i, alpha=10.0)
+        for i, (name, layer) in enumerate(random_adapter(model).layers.items())
+    }
+    adapter = Adapter(layers)
+    want = logits(attached(model, adapter), tokens)
+    detach(model)
+    write_peft_adapter(tmp_path / "iec", adapter)
+    fold_adapter(tmp_path / "iec", tmp_path / "out", uniform_rank=True)
+    config = adapter_config(tmp_path / "out")
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["r"] == config["lora_alpha"] == 16
+    assert relative(logits(load_in_peft(model, tmp_path / "out"), tokens), want) < FOLD_PEFT_LOGITS
 
 
 def test_tau_from_needs_the_base_of_the_adapter(tmp_path: Path):
@@ -222,7 +245,7 @@ def test_result_is_a_plain_complete_directory(tmp_path: Path):
     write_peft_adapter(tmp_path / "iec", adapter, base_model_name="some/model")
     fold_adapter(tmp_path / "iec", tmp_path / "out")
     check_manifest(tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    config = adapter_config(tmp_path / "out")
     assert "irq_iec" not in config
     assert config["base_model_name_or_path"] == "some/model"
     folded = read_peft_adapter(tmp_path / "out")
