@@ -20,8 +20,9 @@ architecture: interleaved for llama, half for qwen2 and qwen3.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields as dataclass_fields
+from typing import Any
 
 from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.fields import Fields
@@ -77,7 +78,7 @@ def read_model(metadata: Mapping[str, object], prefix: str, tensors: Collection[
 
 
 def _irq_metadata(config: ModelConfig | RopeScaling, prefix: str) -> dict[str, GgufValue]:
-    metadata = {}
+    metadata: dict[str, GgufValue] = {}
     for field in dataclass_fields(config):
         value = getattr(config, field.name)
         if isinstance(value, RopeScaling):
@@ -97,8 +98,8 @@ def _read_irq(fields: Fields) -> ModelConfig:
 
 def _read_dataclass(
     fields: Fields, kind: type[ModelConfig] | type[RopeScaling], prefix: str
-) -> dict[str, object]:
-    getters = {
+) -> dict[str, Any]:
+    getters: dict[str, Callable[[str], Any]] = {
         "str": fields.string,
         "int": fields.integer,
         "float": fields.number,

@@ -1,0 +1,82 @@
+"""``irq-export run``: generate text from a GGUF file with the reference runtime, without torch."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from irq_export.cli.common import emit, json_option, verb
+
+__all__ = ["command"]
+
+
+@click.command(short_help="Generate text from a GGUF file.")
+@click.argument("model", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", required=True, help="Text to continue; with --chat, the user's message.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Separate adapter file.")
+@click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Its multiplier.")
+@click.option("-n", "--max-tokens", type=int, default=128, show_default=True, help="Tokens at most.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Keep k tokens; 0 keeps all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep this much probability.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop below min-p x the likeliest.")
+@click.option(
+    "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 avoids repeats."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampler.")
+@click.option("--stop", multiple=True, help="End before this text; may be given again.")
+@click.option("--chat", is_flag=True, help="Render the prompt with the file's chat template.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64"]),
+    default="float32",
+    show_default=True,
+    help="Working precision; float64 is the specification.",
+)
+@json_option
+@verb
+def command(
+    model: Path,
+    prompt: str,
+    adapter: Path | None,
+    adapter_scale: float,
+    stop: tuple[str, ...],
+    chat: bool,
+    dtype: str,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue a prompt with FILE, a GGUF of the irq or a stock profile."""
+    from irq_runtime.completion import complete
+
+    started = time.perf_counter()
+    completion = complete(
+        model=model,
+        prompt=prompt,
+        adapter=adapter,
+        adapter_scale=adapter_scale,
+        stop=stop,
+        chat=chat,
+        dtype=dtype,
+        on_text=None if as_json else _write,
+        **sampling,
+    )
+    seconds = time.perf_counter() - started
+    result = {
+        "prompt_tokens": completion.prompt_tokens,
+        "tokens": completion.tokens,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "seconds": round(seconds, 3),
+    }
+    emit(result, "", as_json=as_json)
+
+
+def _write(text: str) -> None:
+    """Stream text to stdout as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

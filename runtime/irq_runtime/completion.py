@@ -1,0 +1,115 @@
+"""From a file and a prompt to text: the library function behind ``irq-export run``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from irq_formats.errors import UsageError
+from irq_formats.gguf import open_gguf
+
+from irq_runtime.reference import load_model
+from irq_runtime.sampling import SamplingParams, generate
+from irq_runtime.text_stream import TextStream
+from irq_runtime.tokenizer import load_tokenizer
+
+__all__ = ["Completion", "complete"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated.
+
+    Attributes:
+        prompt_tokens: Ids the model read.
+        tokens: Ids it generated, without a stop token.
+        text: Their text, ended before a stop string.
+        finish_reason: ``stop`` (a stop token or string) or ``length``.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str
+    finish_reason: str
+
+
+def complete(
+    *,
+    model: str | Path,
+    prompt: str,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    dtype: str = "float32",
+    on_text: Callable[[str], None] | None = None,
+) -> Completion:
+    """Continue a prompt with the reference runtime.
+
+    Args:
+        model: GGUF of the irq or a stock profile, with a tokenizer.
+        prompt: Text; with ``chat`` the message of the user.
+        adapter: Separate adapter file.
+        adapter_scale: Its multiplier.
+        max_tokens: Tokens at most.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all.
+        top_p: 1 keeps all.
+        min_p: 0 keeps all.
+        repetition_penalty: 1 is off.
+        seed: Of the sampler.
+        stop: Strings that end the text.
+        chat: Render the prompt with the file's chat template.
+        dtype: ``float32`` or ``float64``.
+        on_text: Called with each piece of text when it is certain.
+
+    Raises:
+        IrqError: The file, the adapter or an option is refused.
+    """
+    tokenizer = load_tokenizer(open_gguf(model))
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop_tokens=tokenizer.stop_tokens,
+    )
+    if chat:
+        rendered = tokenizer.render_chat([{"role": "user", "content": prompt}])
+        ids = tokenizer.encode(rendered, add_special=False)
+    else:
+        ids = tokenizer.encode(prompt)
+        if not ids and tokenizer.bos is not None:
+            ids = [tokenizer.bos]
+    if not ids:
+        raise UsageError("the prompt is empty", hint="Give some text with -p")
+    session = load_model(model, adapter, adapter_scale).session(dtype)
+    stream = TextStream(tokenizer, ids, stop)
+    tokens: list[int] = []
+    pieces: list[str] = []
+
+    def take(piece: str) -> None:
+        if piece:
+            pieces.append(piece)
+            if on_text is not None:
+                on_text(piece)
+
+    for token in generate(session, ids, params):
+        tokens.append(token)
+        take(stream.push(token))
+        if stream.stopped:
+            break
+    take(stream.finish())
+    reason = "stop" if stream.stopped or len(tokens) < max_tokens else "length"
+    return Completion(ids, tokens, "".join(pieces), reason)
