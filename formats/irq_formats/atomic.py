@@ -50,7 +50,7 @@ def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Binary
     """
     target = Path(path)
     _check_target(target, overwrite)
-    if target.is_dir() and not target.is_symlink():
+    if _is_real_dir(target):
         raise OutputExists("is a directory, a file was to be written", where=target)
     partial = _partial_name(target)
     with _sigterm_raises(), _removed_on_error(partial, target):
@@ -99,8 +99,8 @@ def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    if target.name in {"", "..", "."}:
-        raise UsageError("names no file", where=target)
+    if target.name in {"", "..", "."} or "\0" in target.name:
+        raise UsageError("names no file", where=repr(str(target)))
     if os.path.lexists(target) and not overwrite:
         raise OutputExists(
             "output exists", where=target, hint="Choose another name, or overwrite it with --force"
@@ -109,7 +109,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 def _check_replaceable(target: Path) -> None:
     """A directory is only replaced when nothing but our own work can be lost."""
-    if target.is_symlink() or not target.is_dir():
+    if not _is_real_dir(target):
         raise OutputExists("exists and is not a directory", where=target)
     if any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
         raise OutputExists(
@@ -117,6 +117,11 @@ def _check_replaceable(target: Path) -> None:
             where=target,
             hint="Remove it yourself, or choose another name",
         )
+
+
+def _is_real_dir(path: Path) -> bool:
+    """Whether it is a directory and no link to one; false for a name the system does not take."""
+    return os.path.isdir(path) and not os.path.islink(path)  # noqa: PTH112, PTH114
 
 
 def _partial_name(target: Path) -> Path:
@@ -179,7 +184,7 @@ def _removed_on_error(partial: Path, target: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if partial.is_dir() and not partial.is_symlink():
+        if _is_real_dir(partial):
             shutil.rmtree(partial, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
