@@ -12,6 +12,7 @@ __all__ = [
     "NMSE_FLOAT32",
     "NMSE_FLOAT64",
     "NMSE_SUM_ORDER",
+    "SAMPLING_SIGMAS",
 ]
 
 #: reference (float64) against torch (float64), logits: mean squared difference over variance. Both sides
@@ -47,3 +48,6 @@ NMSE_SUM_ORDER = 1e-26
 #: What a malformed file may cost before it is refused (design.md section 6, facts/peers-style.md D.5).
 MALFORMED_SECONDS = 1.0
 MALFORMED_MEMORY_BYTES = 64 << 20
+
+#: Counts of sampled tokens: 6 binomial standard deviations fail by chance once in 5e8 per token.
+SAMPLING_SIGMAS = 6.0

@@ -1,0 +1,195 @@
+"""Tokenizers out of files, streaming of their text, chat templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
+from irq_formats.gguf import BOOL, STR, U32, GgufValue, open_gguf, write_gguf
+from irq_runtime.text_stream import TextStream
+from irq_runtime.tokenizer import Tokenizer, load_tokenizer, render_template
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer
+
+TEXT = "Grüße, 世界! 👩‍👩‍👧 naïve  spaces\n\ttab  'quotes' 1234 \u0000 end"
+MESSAGES = [{"role": "user", "content": "Hi {{ 7 * 7 }}"}]
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """One token a byte, the smallest tokenizer that splits characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {c: i + 2 for i, c in enumerate(alphabet)}
+    model = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens(["<s>", "</s>"])
+    return model
+
+
+def in_file(path: Path, **keys: GgufValue) -> Tokenizer:
+    metadata = {
+        "general.architecture": STR("llama"),
+        "tokenizer.huggingface.json": STR(byte_level().to_str()),
+        "tokenizer.ggml.bos_token_id": U32(0),
+        "tokenizer.ggml.eos_token_id": U32(1),
+        **{key.replace("__", "."): value for key, value in keys.items()},
+    }
+    write_gguf(path, metadata, [], overwrite=True)
+    return load_tokenizer(open_gguf(path))
+
+
+def real_files(shared_data: Path) -> dict[str, Path]:
+    models = shared_data / "models"
+    return {"bpe": models / "smollm2-135m-instruct", "spm": models / "stories260k-fp32" / "hf"}
+
+
+class TestLoad:
+    def test_round_trip(self, tmp_path: Path) -> None:
+        tokenizer = in_file(tmp_path / "t.gguf")
+        assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+        assert tokenizer.bos == 0
+        assert tokenizer.stop_tokens == (1,)
+        assert tokenizer.encode("a<s>")[-1] == 0
+
+    def test_bos(self, tmp_path: Path) -> None:
+        tokenizer = in_file(tmp_path / "t.gguf", tokenizer__ggml__add_bos_token=BOOL(True))
+        assert tokenizer.encode("a")[0] == 0
+        assert tokenizer.encode("<s>a").count(0) == 1
+        assert tokenizer.encode("a", add_special=False)[0] != 0
+
+    def test_several_stop_tokens(self, tmp_path: Path) -> None:
+        keys = {"tokenizer__ggml__eot_token_id": U32(5), "tokenizer__ggml__eom_token_id": U32(1)}
+        assert in_file(tmp_path / "t.gguf", **keys).stop_tokens == (1, 5)
+
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            {"tokenizer__huggingface__json": STR("{}")},
+            {"tokenizer__huggingface__json": STR("nonsense")},
+            {"tokenizer__huggingface__json": U32(1)},
+            {"tokenizer__ggml__bos_token_id": U32(10**6)},
+            {"tokenizer__ggml__eos_token_id": STR("</s>")},
+            {"tokenizer__chat_template": U32(1)},
+        ],
+        ids=str,
+    )
+    def test_malformed(self, keys: dict[str, GgufValue], tmp_path: Path) -> None:
+        with pytest.raises(MalformedFile):
+            in_file(tmp_path / "t.gguf", **keys)
+
+    def test_no_tokenizer(self, tmp_path: Path) -> None:
+        write_gguf(tmp_path / "t.gguf", {"general.architecture": STR("llama")}, [])
+        with pytest.raises(UnsupportedModel):
+            load_tokenizer(open_gguf(tmp_path / "t.gguf"))
+
+    @pytest.mark.parametrize("kind", ["bpe", "spm"])
+    def test_equals_transformers(self, kind: str, shared_data: Path, tmp_path: Path) -> None:
+        folder = real_files(shared_data)[kind]
+        text = (folder / "tokenizer.json").read_text()
+        tokenizer = in_file(tmp_path / "t.gguf", tokenizer__huggingface__json=STR(text))
+        expected = AutoTokenizer.from_pretrained(folder)
+        for sample in (TEXT, "Once upon a time", " leading", "a<|im_end|>b</s>", ""):
+            assert tokenizer.encode(sample) == expected.encode(sample)
+
+
+class TestStream:
+    @pytest.mark.parametrize("kind", ["bytes", "bpe", "spm"])
+    def test_pieces_are_whole_characters(self, kind: str, request: pytest.FixtureRequest) -> None:
+        if kind == "bytes":
+            model = byte_level()
+        else:
+            folder = real_files(request.getfixturevalue("shared_data"))[kind]
+            model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer(model)
+        ids = tokenizer.encode(TEXT)
+        whole = tokenizer.decode(ids)
+        for split in (0, 1, len(ids) // 2):
+            stream = TextStream(tokenizer, ids[:split])
+            pieces = [stream.push(token) for token in ids[split:]]
+            assert not any("\ufffd" in piece for piece in pieces)
+            if split == 0:
+                assert "".join(pieces) + stream.finish() == whole
+
+    def test_a_space_after_the_prompt_is_kept(self, shared_data: Path) -> None:
+        path = real_files(shared_data)["spm"] / "tokenizer.json"
+        tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        prompt = tokenizer.encode("Once")
+        stream = TextStream(tokenizer, prompt)
+        rest = tokenizer.encode("Once upon a")[len(prompt) :]
+        assert "".join(stream.push(token) for token in rest) + stream.finish() == " upon a"
+
+    def test_unfinished_character_at_the_end(self) -> None:
+        tokenizer = Tokenizer(byte_level())
+        stream = TextStream(tokenizer)
+        ids = tokenizer.encode("aé")[:-1]
+        assert [stream.push(token) for token in ids] == ["a", ""]
+        assert stream.finish() == "\ufffd"
+
+    @pytest.mark.parametrize(
+        ("text", "stop", "expected", "stopped"),
+        [
+            ("one END two", ["END"], "one ", True),
+            ("one EN two", ["END"], "one EN two", False),
+            ("one EN", ["END"], "one EN", False),
+            ("aab", ["ab"], "a", True),
+            ("x</a>y", ["</b>", "</a>"], "x", True),
+            ("x", [""], "x", False),
+            ("é!", ["!"], "é", True),
+        ],
+    )
+    def test_stop_strings(self, text: str, stop: list[str], expected: str, stopped: bool) -> None:
+        tokenizer = Tokenizer(byte_level())
+        stream = TextStream(tokenizer, stop=stop)
+        pieces = [stream.push(token) for token in tokenizer.encode(text)]
+        assert "".join(pieces) + stream.finish() == expected
+        assert stream.stopped == stopped
+
+
+class TestChat:
+    def test_equals_transformers(self, shared_data: Path, tmp_path: Path) -> None:
+        folder = real_files(shared_data)["bpe"]
+        template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+        keys = {
+            "tokenizer__huggingface__json": STR((folder / "tokenizer.json").read_text()),
+            "tokenizer__chat_template": STR(template),
+        }
+        expected = AutoTokenizer.from_pretrained(folder)
+        tokenizer = in_file(tmp_path / "t.gguf", **keys)
+        for prompt in (True, False):
+            assert tokenizer.render_chat(MESSAGES, prompt) == expected.apply_chat_template(
+                MESSAGES, tokenize=False, add_generation_prompt=prompt
+            )
+
+    def test_variables(self) -> None:
+        template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
+        tokenizer = Tokenizer(byte_level(), bos=0, stop_tokens=(1,), chat_template=template)
+        assert tokenizer.render_chat(MESSAGES) == "<s>Hi {{ 7 * 7 }}</s>"
+
+    def test_no_template(self) -> None:
+        with pytest.raises(UsageError):
+            Tokenizer(byte_level()).render_chat(MESSAGES)
+
+    def test_refusal_of_the_template(self) -> None:
+        with pytest.raises(UsageError, match="alternate"):
+            render_template("{{ raise_exception('roles must alternate') }}")
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "{{ messages.append(1) }}",
+            "{{ cycler.__init__.__globals__.os.system('true') }}",
+            "{% for i in range(10**9) %}{% endfor %}",
+            "{% include '/etc/passwd' %}",
+            "{% if %}",
+            "{{ 1 / 0 }}",
+            "{{ messages[9].content }}",
+            "{{ messages | nonsense }}",
+        ],
+    )
+    def test_broken_and_hostile_templates(self, template: str) -> None:
+        with pytest.raises(MalformedFile):
+            render_template(template, messages=MESSAGES)
