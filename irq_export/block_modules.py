@@ -44,7 +44,7 @@ def _dynamic_map(device: torch.device) -> Tensor:
 
 
 def _take(table: Tensor, index: Tensor) -> Tensor:
-    return table.index_select(0, index.reshape(-1).int()).view(index.shape)
+    return torch.index_select(table, 0, index.reshape(-1).int()).view(index.shape)
 
 
 def unpack_codes(packed: Tensor, spec: BlockSpec) -> Tensor:
@@ -63,7 +63,7 @@ def unpack_codes(packed: Tensor, spec: BlockSpec) -> Tensor:
         return blocks
     if spec.bits != 3:
         return _unpack_planes(blocks, spec.bits)
-    low, high = blocks.split([size // 4, size // 8], dim=1)
+    low, high = blocks[:, : size // 4], blocks[:, size // 4 :]
     bit = torch.arange(8, dtype=torch.uint8, device=packed.device)
     high_bits = ((high.unsqueeze(-1) >> bit) & 1).flatten(1)  # (blocks, block_size)
     return _unpack_planes(low, 2) | high_bits << 2
@@ -156,7 +156,9 @@ class BlockModule(nn.Module):
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """Decode the matrix, float32 ``(out, in)``, bit-equal to ``BlockTensor.dequantize``."""
-        return decode_weight(self.get_buffer("codes"), self.effective_scale(), self.effective_tau(), self.spec)
+        return decode_weight(
+            self.get_buffer("codes"), self.effective_scale(), self.effective_tau(), self.spec
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockModule:
         """Move the parts, never cast them: ``fn`` is shown plain bytes, which a cast leaves alone."""
@@ -164,7 +166,7 @@ class BlockModule(nn.Module):
         try:
             for name in dtypes:
                 self._buffers[name] = self.get_buffer(name).view(torch.uint8)
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             for name, dtype in dtypes.items():
                 self._buffers[name] = self.get_buffer(name).view(dtype)
@@ -231,7 +233,10 @@ class IrqEmbedding(BlockModule):
         rows = ids.reshape(-1)
         tau = self.effective_tau()
         weight = decode_weight(
-            self.get_buffer("codes")[rows], self.effective_scale()[rows], None if tau is None else tau[rows], self.spec
+            self.get_buffer("codes")[rows],
+            self.effective_scale()[rows],
+            None if tau is None else tau[rows],
+            self.spec,
         )
         return weight.view(*ids.shape, self.embedding_dim).to(self.get_buffer("compute").dtype)
 

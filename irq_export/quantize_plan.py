@@ -192,8 +192,8 @@ def _choose_linears(
     for name in names:
         if include and not any(fnmatchcase(name, pattern) for pattern in include):
             skipped[f"{name}.weight"] = "not included"
-        elif pattern := next((pattern for pattern in exclude if fnmatchcase(name, pattern)), None):
-            skipped[f"{name}.weight"] = f"excluded by {pattern}"
+        elif unwanted := [pattern for pattern in exclude if fnmatchcase(name, pattern)]:
+            skipped[f"{name}.weight"] = f"excluded by {unwanted[0]}"
         else:
             chosen.append(name)
     return chosen

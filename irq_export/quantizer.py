@@ -13,23 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from irq_formats.blocks import BlockSpec
 from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.quantization import QUANT_METHOD, Quantization
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from irq_export.block_modules import BlockModule, IrqEmbedding, IrqLinear, IrqTiedHead
 
 __all__ = ["IrqConfig", "IrqQuantizer", "load_model"]
 
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _logger = logging.getLogger(__name__)
 
 
 @register_quantization_config(QUANT_METHOD)
-class IrqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class IrqConfig(QuantizationConfigMixin):
     """``quantization_config`` of an IR-QLoRA checkpoint, as transformers wants it.
 
     Args:
@@ -44,48 +47,44 @@ class IrqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Quantization.from_dict(values, where="config.json")
         self.__dict__.update(copy.deepcopy(values))
 
-    @property
-    def quantization(self) -> Quantization:
-        """The typed form."""
-        return Quantization.from_dict(self.to_dict(), where="config.json")
-
 
 @register_quantizer(QUANT_METHOD)
-class IrqQuantizer(HfQuantizer):  # type: ignore[misc]
+class IrqQuantizer(HfQuantizer):
     """Puts the block modules in place before transformers loads the weights."""
 
     requires_calibration = True  # transformers' word for: does not quantise while loading
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Replace every quantised layer of the (still empty) model."""
-        quantization: Quantization = self.quantization_config.quantization
+        """Replace every quantised layer of the (still empty) model.
+
+        Raises:
+            UnsupportedModel: The model class is not the causal language model of the checkpoint.
+        """
+        quantization = Quantization.from_dict(self.quantization_config.to_dict(), where="config.json")
         for name, spec in quantization.modules.items():
-            layer = model.get_submodule(name)
-            if isinstance(layer, nn.Linear):
-                replacement: BlockModule = IrqLinear(
-                    spec, layer.in_features, layer.out_features, bias=layer.bias is not None
-                )
-            elif isinstance(layer, nn.Embedding):
-                replacement = IrqEmbedding(spec, layer.num_embeddings, layer.embedding_dim)
-            else:
+            try:
+                layer = model.get_submodule(name)
+            except AttributeError as error:
                 raise UnsupportedModel(
-                    "cannot be quantised", where=name, expected="Linear | Embedding", got=type(layer).__name__
-                )
-            model.set_submodule(name, replacement)
-        _tie_head(model)
+                    f"{type(model).__name__} has no {name}",
+                    hint="Open the checkpoint with AutoModelForCausalLM",
+                ) from error
+            model.set_submodule(name, _block_layer(layer, spec, name))
+        embedding = model.get_submodule(_EMBEDDING)
+        if isinstance(embedding, IrqEmbedding) and model.config.tie_word_embeddings:
+            model.set_submodule(_HEAD, IrqTiedHead(embedding))
+            model._tied_weights_keys = None  # type: ignore[assignment]  # no two parameters are left to tie
+            model.all_tied_weights_keys = {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Replace the block modules by plain layers with the decoded weights (``model.dequantize()``)."""
-        tied = isinstance(model.get_output_embeddings(), IrqTiedHead)
+        tied = isinstance(model.get_submodule(_HEAD), IrqTiedHead)
         for name, module in list(model.named_modules()):
             if isinstance(module, BlockModule):
                 model.set_submodule(name, _plain_layer(module, dtype))
         if tied:
-            embedding = model.get_input_embeddings()
-            head = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
-            head.weight = embedding.weight
-            model.set_output_embeddings(head)
-            del model._tied_weights_keys
+            model.set_submodule(_HEAD, _linear(model.get_submodule(_EMBEDDING).get_parameter("weight")))
+            del model._tied_weights_keys  # the class attribute counts again
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
         return model
 
@@ -103,23 +102,30 @@ class IrqQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _tie_head(model: PreTrainedModel) -> None:
-    """Where the embedding is quantised and the head is tied to it, let the head read the embedding."""
-    embedding = model.get_input_embeddings()
-    if model.config.tie_word_embeddings and isinstance(embedding, IrqEmbedding):
-        model.set_output_embeddings(IrqTiedHead(embedding))
-        model._tied_weights_keys = None  # of this model: there are no two parameters left to tie
-        model.all_tied_weights_keys = {}
+def _block_layer(layer: nn.Module, spec: BlockSpec, name: str) -> BlockModule:
+    """Return the (empty) block module that stands in for a layer."""
+    if isinstance(layer, nn.Linear):
+        return IrqLinear(spec, layer.in_features, layer.out_features, bias=layer.bias is not None)
+    if isinstance(layer, nn.Embedding):
+        return IrqEmbedding(spec, layer.num_embeddings, layer.embedding_dim)
+    raise UnsupportedModel(
+        "cannot be quantised", where=name, expected="Linear | Embedding", got=type(layer).__name__
+    )
 
 
 def _plain_layer(module: BlockModule, dtype: torch.dtype | None) -> nn.Module:
+    """Return the ordinary layer with the decoded weight."""
     weight = nn.Parameter(module.dequantize().to(dtype or torch.float32), requires_grad=False)
     if isinstance(module, IrqEmbedding):
-        return nn.Embedding.from_pretrained(weight)
-    out_features, in_features = module.shape
-    layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+        return nn.Embedding(*module.shape, _weight=weight, _freeze=True)
+    return _linear(weight, module.bias if isinstance(module, IrqLinear) else None)
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = weight
-    layer.bias = getattr(module, "bias", None)
+    if bias is not None:
+        layer.bias = bias
     return layer
 
 
@@ -144,9 +150,11 @@ def load_model(
         UnsupportedModel: A model or version this version does not know.
     """
     open_checkpoint(path, verify=verify)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    model: PreTrainedModel = loaded[0].to(device)
+    info: dict[str, object] = loaded[1]
     if problems := {key: value for key, value in info.items() if value}:
         raise MalformedFile("tensors do not match the model", where=path, got=problems)
-    return model.to(device)
+    return model

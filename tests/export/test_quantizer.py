@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from irq_export.block_modules import BlockModule, IrqEmbedding, IrqLinear
 from irq_export.quantizer import load_model
-from tests.tiny_checkpoints import random_block_tensor, write_tiny_checkpoint
+from tiny_checkpoints import random_block_tensor, write_tiny_checkpoint
 
 SPECS = [
     BlockSpec(codebook, block_size, scale, tau, rounding)

@@ -17,7 +17,7 @@ from irq_formats.errors import IrqError, MalformedFile, OutputExists, Unsupporte
 from irq_formats.manifest import write_manifest
 from irq_formats.safetensors_io import TensorSpec, open_safetensors, write_safetensors
 
-from tests.tiny_checkpoints import write_tiny_checkpoint
+from tiny_checkpoints import write_tiny_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
 WEIGHTS = "model.safetensors"
