@@ -1,9 +1,9 @@
 """Train the demo model that ships in ``irq_export/demo_model``.
 
-A byte-level BPE vocabulary and a small Llama are trained from scratch on the children's stories of
-a public-domain corpus: books parted by a line ``<|endoftext|>``, with an index of ``title<TAB>bytes``
-lines.  The text is reduced to running prose, one chapter a document, one paragraph a line.  Every
-training window starts at a paragraph and behind a begin token, so any sentence is a fair prompt.
+A byte-level BPE vocabulary and a small Llama are trained from scratch on the stories of a
+public-domain corpus (`demo_text`), then finished, briefly and at a low rate, on children's tales
+and made-up stories, so that greedy text keeps its thread.  Every training window starts at a
+paragraph and behind a begin token, so any sentence is a fair prompt.
 The weights are rounded to fp16 *before* anything is measured: the card describes the file.
 
     python scripts/make_demo_model.py --corpus gutenberg_train.txt.xz \
@@ -13,15 +13,12 @@ The weights are rounded to fp16 *before* anything is measured: the card describe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import lzma
 import math
-import re
+import random
 import time
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,45 +26,16 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from demo_text import read_corpus, tell_story
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 log = logging.getLogger("make_demo_model")
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-SEPARATOR = "<|endoftext|>\n"  # between the books of a corpus
+TALES = ("Alcott", "Andersen", "Baum", "Burnett", "Carroll", "Grimm", "Nesbit", "Wilde")  # for the finish
 PROMPTS = ("Once upon a time", "The little girl said", "In the forest there lived")
-
-# Simple narrative prose for children, by author and (part of the) title as the index spells them.
-BOOKS = re.compile(
-    r"^(Alcott, .*/(?!Bronson|Moods|The Abbot|The Mysterious)|Alger, .*/(?!Grand'ther)|Andersen, "
-    r"|Barrie, .*/The Little Minister|Baum, |Burnett, .*/(?!Emily|Theo|Esmeralda|One Day)|Carroll, "
-    r"|Dickens, .*/(A Budget|Captain|Some Christmas)|Doré, .*/(Stories of|Three Good|The Days)"
-    r"|Goldfrap, |Grimm, |Hawthorne, .*/(The Snow|True Stories)"
-    r"|Henty, .*/(Among|On the Pampas|St\. George|The Young|In the Hands)"
-    r"|Kipling, .*/(Rewards|The Kipling Reader)|Lang, .*/(Little Joh|The Book of|The Green|The Princess)"
-    r"|Montgomery, |Nesbit, .*/(The Book of|The Phoenix|The Story of|The Would|Royal)"
-    r"|Stevenson, .*/Fables|Twain, .*/(The Adventures|The Prince|Tom Sawyer)"
-    r"|Verne, .*/(Dick Sands|Five Weeks|In Search)|Weir, .*/The Adv|Wells, .*/The Country"
-    r"|Wilde, .*/A House|Wrenn, )"
-)
-ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...",
-                       "æ": "ae", "œ": "oe", "Æ": "Ae", "_": "", "\xa0": " "})  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Cleaned text: ``documents`` are chapters, ``raw_sha256`` identifies the books they came from."""
-
-    titles: tuple[str, ...]
-    documents: tuple[str, ...]
-    raw_sha256: str
-
-    @property
-    def characters(self) -> int:
-        """Characters of the text, one line feed a document counted in."""
-        return sum(len(document) + 1 for document in self.documents)
 
 
 @dataclass(frozen=True)
@@ -79,81 +47,16 @@ class Recipe:
     batch: int
     context: int
     learning_rate: float
+    warmup: int
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    warmup: int = 200
     clip: float = 1.0
-
-
-# --------------------------------------------------------------------------------------------- text
-
-
-def read_corpus(path: Path, index: Path | None) -> Corpus:
-    """Read the books of a corpus, keep those that `BOOKS` names, and clean them.
-
-    Args:
-        path: Text file, plain or ``.xz``; books parted by a line ``<|endoftext|>``.
-        index: Titles in the order of the corpus; without it every book is kept.
-    """
-    text = (lzma.open if path.suffix == ".xz" else open)(path, "rb").read().decode("utf-8")
-    books = [book for book in text.split(SEPARATOR) if book.strip()]
-    titles = [f"book {number}" for number in range(1, len(books) + 1)]
-    if index is not None:
-        records = re.findall(r"(.+?)\.txt\t\d+\n", index.read_text("utf-8"), re.DOTALL)
-        titles = [" ".join(title.split()) for title in records]
-        if len(titles) != len(books):
-            raise click.UsageError(f"{index}: {len(titles)} titles for {len(books)} books of {path}")
-    kept = [pair for pair in zip(titles, books, strict=True) if index is None or BOOKS.match(pair[0])]
-    if not kept:
-        raise click.UsageError(f"{path}: no book matches; edit BOOKS or leave the index out")
-    return Corpus(
-        titles=tuple(title for title, _ in kept),
-        documents=tuple(document for _, book in kept for document in chapters(book)),
-        raw_sha256=hashlib.sha256(SEPARATOR.join(book for _, book in kept).encode()).hexdigest(),
-    )
-
-
-def chapters(book: str, shortest: int = 800) -> Iterator[str]:
-    """Yield a book's chapters as ASCII prose, one paragraph a line; front matter and verse go.
-
-    A heading (one short line without a lower-case word, or a line "Chapter ...") starts a chapter;
-    chapters shorter than ``shortest`` characters are tables, dedications and advertisements.
-    """
-    paragraphs: list[str] = []
-    for block in [*re.split(r"\n[ \t]*\n", book), "CHAPTER"]:
-        line = unicodedata.normalize("NFKD", " ".join(block.translate(ASCII).split()))
-        line = "".join(char for char in line if not unicodedata.combining(char))
-        if is_heading(line):
-            if sum(map(len, paragraphs)) >= shortest:
-                yield "\n".join(paragraphs)
-            paragraphs = []
-        elif is_prose(block, line):
-            paragraphs.append(line)
-
-
-def is_heading(line: str) -> bool:
-    """Whether a paragraph is a chapter heading."""
-    short = len(line) < 70 and any(char.isalpha() for char in line)
-    return short and (line == line.upper() or re.match(r"(?i)(chapter|story)\b", line) is not None) \
-        and not line.endswith(('"', "!", "?"))  # fmt: skip
-
-
-def is_prose(block: str, line: str) -> bool:
-    """Whether a paragraph is running text: not indented, no notes, a full stop at its end."""
-    return (
-        len(line) >= 8
-        and line.isascii()
-        and any(char.isalpha() for char in line)
-        and not block.strip("\n").startswith(("  ", "\t"))
-        and not re.search(r"[\[\]{}|*=<>\\#@~^]|\d{4}|\.\.\.\.|Illustration|Transcriber|Gutenberg", line)
-        and re.search(r"[.!?:;,-]['\")]*$", line) is not None
-    )
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(documents: tuple[str, ...], vocabulary: int) -> Tokenizer:
+def train_tokenizer(documents: Sequence[str], vocabulary: int) -> Tokenizer:
     """Byte-level BPE with GPT-2's pre-tokenizer; `BOS` is put in front of every encoded text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -190,7 +93,7 @@ def tokenizer_config(context: int) -> dict[str, object]:
     }
 
 
-def token_stream(tokenizer: Tokenizer, documents: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+def token_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Encode documents one after another.
 
     Returns:
@@ -229,22 +132,20 @@ def model_config(vocabulary: int, context: int) -> LlamaConfig:
     )
 
 
-def train(model: LlamaForCausalLM, stream: np.ndarray, starts: np.ndarray, recipe: Recipe) -> float:
-    """Train in place with AdamW and a cosine schedule; bf16 autocast and compilation on CUDA.
+def train(model: LlamaForCausalLM, stream: np.ndarray, starts: np.ndarray, recipe: Recipe) -> None:
+    """Train in place with AdamW and a cosine schedule; bf16 autocast; compiled on CUDA.
 
     Args:
         model: fp32 parameters, on the device to train on.
         stream: Tokens, uint16 (n,).
         starts: Positions where a window may begin, int64 (m,).
         recipe: Hyperparameters.
-
-    Returns:
-        Training tokens per second, compilation excluded.
     """
     device = model.device
     cuda = device.type == "cuda"
     tokens = torch.from_numpy(stream.astype(np.int64)).to(device)  # (n,)
     usable = torch.from_numpy(starts[starts + recipe.context <= len(stream)]).to(device)  # (m',)
+    last = int(usable[-1]) + 1
     window = torch.arange(recipe.context, device=device)
     generator = torch.Generator(device).manual_seed(recipe.seed)
     decayed = [p for p in model.parameters() if p.ndim == 2]
@@ -259,23 +160,19 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, starts: np.ndarray, recip
     )
     loss_function = torch.compile(window_loss) if cuda else window_loss
     model.train()
-    began, counted_from = time.perf_counter(), 20
     for step in range(recipe.steps):
-        if step == counted_from:
-            began = time.perf_counter()
-        picked = usable[torch.randint(len(usable), (recipe.batch,), generator=generator, device=device)]
+        somewhere = torch.randint(last, (recipe.batch,), generator=generator, device=device)
+        picked = usable[torch.searchsorted(usable, somewhere)]  # the paragraph after a uniform position
         targets = tokens[picked[:, None] + window]  # (batch, context)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = loss_function(model, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 250 == 0 or step + 1 == recipe.steps:
+        if step % 100 == 0 or step + 1 == recipe.steps:
             log.info("step %d of %d: loss %.4f", step, recipe.steps, loss.item())
-    steps = max(recipe.steps - counted_from, 1)
-    return steps * recipe.batch * recipe.context / (time.perf_counter() - began)
 
 
 def window_loss(model: LlamaForCausalLM, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
@@ -314,7 +211,10 @@ def card(facts: dict[str, object], books: tuple[str, ...], samples: list[str]) -
     """The model card."""
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     quotes = "\n\n".join("> " + sample.replace("\n", "\n>\n> ") for sample in samples)
-    titles = "\n".join(f"- {title.replace('/', ': ', 1)}" for title in books)
+    shelves: dict[str, list[str]] = {}
+    for author, _, title in sorted(book.partition("/") for book in books):
+        shelves.setdefault(author, []).append(title)
+    titles = "\n".join(f"- {author}: {'; '.join(shelf)}" for author, shelf in shelves.items())
     return f"""---
 license: apache-2.0
 language: en
@@ -324,7 +224,7 @@ pipeline_tag: text-generation
 
 # irq-export demo model
 
-A small Llama that tells children's stories of a century ago. It exists so that `irq-export demo`
+A small Llama that tells stories in the manner of a century ago. It exists so that `irq-export demo`
 and the tests have a real, trained model at hand without a download; it is of no other use. It knows
 nothing, and its books carry the prejudices of their time. Trained from scratch in full precision by
 `scripts/make_demo_model.py`, with no thought of quantisation, and rounded to fp16 once.
@@ -349,7 +249,7 @@ every text, `{EOS}` (1) ends a chapter.
 
 Weights and tokenizer: Apache-2.0. Training text: Project Gutenberg editions of books in the public
 domain in the United States, reduced to prose (ASCII, a paragraph a line; front matter, verse and
-notes left out). The training books:
+notes left out). The training books, under the author, editor or illustrator the corpus files them by:
 
 {titles}
 """
@@ -362,38 +262,60 @@ notes left out). The training books:
 @click.option("--held-out-index", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--steps", default=6000, show_default=True)
+@click.option("--steps", default=9500, show_default=True)
 @click.option("--batch", default=128, show_default=True, help="Windows a step.")
 @click.option("--context", default=512, show_default=True, help="Tokens a window.")
 @click.option("--learning-rate", default=3e-3, show_default=True)
+@click.option("--finish-steps", default=400, show_default=True, help="Windows of 256, 16 a step.")
+@click.option("--finish-rate", default=6e-4, show_default=True, help="Learning rate of the finish.")
+@click.option("--stories", default=6000, show_default=True, help="Made-up stories of the finish.")
+@click.option(
+    "--start",
+    type=click.Path(exists=True, path_type=Path),
+    help="Only finish: weights and tokenizer of an earlier run with --finish-steps 0.",
+)
 @click.option("--vocabulary", default=1024, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--hardware", default=None, help="How the card names the device.")
 def main(
     corpus: Path, index: Path | None, held_out: Path, held_out_index: Path | None, out: Path,
-    seed: int, steps: int, batch: int, context: int, learning_rate: float, vocabulary: int,
-    device: str, hardware: str | None,
+    seed: int, steps: int, batch: int, context: int, learning_rate: float, finish_steps: int,
+    finish_rate: float, stories: int, start: Path | None, vocabulary: int, device: str,
+    hardware: str | None,
 ) -> None:  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms  %(message)s")
-    recipe = Recipe(seed, steps, batch, context, learning_rate)
+    recipe = Recipe(seed, steps, batch, context, learning_rate, warmup=min(200, max(1, steps // 10)))
+    finish = Recipe(seed + 1, finish_steps, 16, 256, finish_rate, warmup=max(1, finish_steps // 10))
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
     books, unseen = read_corpus(corpus, index), read_corpus(held_out, held_out_index)
-    log.info("%d books, %d chapters, %d characters", len(books.titles), len(books.documents), books.characters)
-    tokenizer = train_tokenizer(books.documents, vocabulary)
+    log.info("%d books, %d characters", len(books.titles), books.characters)
+    if start is None:
+        tokenizer = train_tokenizer(books.documents, vocabulary)
+    else:
+        tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
     stream, starts = token_stream(tokenizer, books.documents)
     unseen_stream, _ = token_stream(tokenizer, unseen.documents)
     log.info("%d training tokens, %d held out", len(stream), len(unseen_stream))
 
     model = LlamaForCausalLM(model_config(vocabulary, context)).to(device)
     began = time.perf_counter()
-    rate = train(model, stream, starts, recipe)
+    if start is None:
+        train(model, stream, starts, recipe)
+    else:
+        model.load_state_dict(load_file(start / "model.safetensors", device), strict=False)  # tied head
+    tales, made_up = read_corpus(corpus, index, TALES).documents, random.Random(seed)
+    tales = (*tales, *(tell_story(made_up) for _ in range(stories)))
+    if finish_steps:
+        train(model, *token_stream(tokenizer, tales), finish)
     seconds = time.perf_counter() - began
     torch.set_float32_matmul_precision("highest")
     for parameter in model.parameters():  # what is measured below is the file, not the run
         parameter.data = parameter.data.half().float()
     nats = held_out_loss(model, unseen_stream, context)
-    seen = held_out_loss(model, stream[: len(unseen_stream)], context) / len(unseen_stream)
+    windows = stream[: len(stream) // context * context].reshape(-1, context)  # (windows, context)
+    sample = windows[:: max(1, len(stream) // len(unseen_stream))].ravel()  # as much as is held out
+    seen = held_out_loss(model, sample, context) / len(sample)
     samples = [greedy(model, tokenizer, prompt) for prompt in PROMPTS]
 
     state = {name: tensor.half().contiguous().cpu() for name, tensor in model.state_dict().items()
@@ -403,24 +325,29 @@ def main(
         "parameters": f"{parameters:,}",
         "shape": "hidden 256, 4 layers, 8 heads on 4 key-value heads of 32, feed-forward 512, tied head",
         "vocabulary": f"{vocabulary}",
-        "training text": f"{len(books.titles)} books, {books.characters:,} characters, {len(stream):,} tokens",
+        "training text": f"{len(books.titles)} books, {books.characters:,} characters, "
+        f"{len(stream):,} tokens",
         "sha256 of the training books": f"`{books.raw_sha256}`",
         "held-out text": f"{'; '.join(unseen.titles)}: {unseen.characters:,} characters, "
         f"{len(unseen_stream):,} tokens",
         "sha256 of the held-out books": f"`{unseen.raw_sha256}`",
         "held-out perplexity": f"{math.exp(nats / len(unseen_stream)):.3f} per token",
         "held-out bits per character": f"{nats / math.log(2) / unseen.characters:.4f}",
-        "training-text perplexity": f"{math.exp(seen):.3f} per token (its first {len(unseen_stream):,} tokens)",
+        "training-text perplexity": f"{math.exp(seen):.3f} per token (a sample of {len(sample):,} tokens)",
         "seed": seed,
-        "recipe": ", ".join(f"{key} {value}" for key, value in asdict(recipe).items() if key != "seed")
-        + "; AdamW, cosine to zero, bf16 autocast on CUDA, no dropout",
+        "recipe": describe(recipe) + "; AdamW, cosine to zero, bf16 autocast, no dropout",
+        "finish": f"{describe(finish)}; on the tales of {', '.join(TALES)} and {stories:,} made-up stories",
         "tokens seen": f"{steps * batch * context:,} ({steps * batch * context / len(stream):.1f} epochs)",
         "trained on": f"{hardware or device}, {seconds:.0f} s",
     }
     write_model(out, model.config, tokenizer, state, context)
     (out / "README.md").write_text(card(facts, books.titles, samples), "utf-8")
-    log.info("%.0f tokens/s", rate)
     click.echo(json.dumps({"facts": facts, "samples": samples}, indent=2))
+
+
+def describe(recipe: Recipe) -> str:
+    """A recipe in words, without its seed."""
+    return ", ".join(f"{key} {value}" for key, value in asdict(recipe).items() if key != "seed")
 
 
 def write_model(
