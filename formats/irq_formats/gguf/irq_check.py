@@ -12,10 +12,10 @@ from irq_formats.adapter import LoraLayer
 from irq_formats.errors import MalformedFile
 from irq_formats.gguf.irq_payload import (
     block_table,
+    check_base,
     check_header,
     payload_names,
     read_adapter,
-    read_base_hash,
     read_blocks,
 )
 from irq_formats.gguf.model_keys import IRQ_PREFIX, read_model
@@ -111,9 +111,10 @@ def check_irq(gguf: GgufFile) -> ModelConfig:
 
     Raises:
         MalformedFile: Anything breaks the specification.
+        WrongBase: The embedded adapter was trained against another base.
     """
     check_header(gguf, "model")
-    read_base_hash(gguf)
+    check_base(gguf, gguf)
     config = read_model(gguf.metadata, IRQ_PREFIX)
     plain_tensors(gguf, config)
     check_adapter_fits(read_adapter(gguf), config, gguf.path)
