@@ -292,6 +292,7 @@ def _scaled(d: Half, q: NDArray[np.integer[Any]], block_size: int) -> Single:
 
 
 def _reciprocal(d: Single) -> Single:
-    """1 / d in float32, 0 for 0."""
+    """1 / d in float32; 0 where d is 0 or too small to have one (its float16 is 0 anyway)."""
     with np.errstate(divide="ignore", over="ignore"):
-        return np.where(d == 0, np.float32(0), np.float32(1) / d)
+        inverse = np.float32(1) / d
+    return np.where(np.isinf(inverse), np.float32(0), inverse)
