@@ -48,13 +48,14 @@ class Source:
 
     Attributes:
         config: The model.
-        loaders: Stock tensor name to a function that reads the tensor as float32.
+        loaders: Stock tensor name to a function that reads the tensor, float32; folded LoRA matrices,
+            float64, are among them.
         adapter: Name without ``.weight`` to layer; scaling includes the user's.
         frequencies: float32 ``(head_dim / 2,)``, radians per position.
     """
 
     config: ModelConfig
-    loaders: Mapping[str, Callable[[], F32]]
+    loaders: Mapping[str, Callable[[], FloatArray]]
     adapter: Mapping[str, LoraLayer]
     frequencies: F32
 
@@ -97,12 +98,12 @@ class Weights:
         return array
 
     def lora(self, name: str, dtype: DTypeLike) -> LoraLayer | None:
-        """Return the adapter of a linear layer, elastic connections folded in ``dtype``, or None."""
+        """Return the adapter of a linear layer with its elastic connections folded in, or None."""
         layer = self._source.adapter.get(name)
         if layer is None:
             return None
-        wide = replace(layer, lora_a=layer.lora_a.astype(dtype), lora_b=layer.lora_b.astype(dtype))
-        return fold(wide)
+        a, b = (self.tensor(f"{name}.{part}", dtype) for part in ("lora_a", "lora_b"))
+        return LoraLayer(a, b, scaling=layer.scaling)
 
 
 def open_weights(
@@ -134,10 +135,15 @@ def open_weights(
     architecture = fields.string("general.architecture")
     open_source = _irq_source if architecture == ARCHITECTURE else _stock_source
     source = open_source(model, other)
-    scaled = {
+    layers = {
         name: replace(layer, scaling=layer.scaling * adapter_scale) for name, layer in source.adapter.items()
     }
-    return Weights(replace(source, adapter=scaled), cache_bytes)
+    folded = {
+        f"{name}.{part}": _fold_loader(layer, part)
+        for name, layer in layers.items()
+        for part in ("lora_a", "lora_b")
+    }
+    return Weights(replace(source, adapter=layers, loaders={**source.loaders, **folded}), cache_bytes)
 
 
 def _irq_source(gguf: GgufFile, adapter: GgufFile | None) -> Source:
@@ -194,6 +200,17 @@ def _plain_loader(gguf: GgufFile, name: str) -> Callable[[], F32]:
 
 def _block_loader(load: Callable[[], BlockTensor]) -> Callable[[], F32]:
     return lambda: load().dequantize()
+
+
+def _fold_loader(layer: LoraLayer, part: str) -> Callable[[], FloatArray]:
+    """Fold in float64, so that a working dtype rounds once at most."""
+
+    def load() -> FloatArray:
+        a, b = layer.lora_a.astype(np.float64), layer.lora_b.astype(np.float64)
+        folded: FloatArray = getattr(fold(replace(layer, lora_a=a, lora_b=b)), part)
+        return folded
+
+    return load
 
 
 def _stock_adapter(gguf: GgufFile, architecture: str) -> dict[str, LoraLayer]:
