@@ -6,6 +6,7 @@ __all__ = [
     "FOLD_FLOAT32",
     "FOLD_FLOAT64",
     "FOLD_PEFT_LOGITS",
+    "HEADER_SECONDS",
     "LLAMACPP_FORCED_LOGPROB",
     "MALFORMED_MEMORY_BYTES",
     "MALFORMED_SECONDS",
@@ -51,3 +52,6 @@ MALFORMED_MEMORY_BYTES = 64 << 20
 
 #: Counts of sampled tokens: 6 binomial standard deviations fail by chance once in 5e8 per token.
 SAMPLING_SIGMAS = 6.0
+
+#: Opening a file with a 49152-token vocabulary and its merges, CPU time. Measured 0.08 s on one core.
+HEADER_SECONDS = 1.0

@@ -266,12 +266,14 @@ def _checked_array(type_: ValueType, values: Sequence[str] | ArrayLike) -> list[
     given = np.asarray(values)
     if given.size == 0:
         given = given.astype(type_.dtype)
+    kinds = {"b": "b", "f": "iuf"}.get(type_.dtype.kind, "iu")
+    wrong = UsageError(f"not an array of {type_.name}", got=f"{given.dtype} {given.shape}")
+    if given.ndim != 1 or given.dtype.kind not in kinds:
+        raise wrong
     with np.errstate(over="ignore"):
         array = given.astype(type_.dtype)
-    kinds = {"b": "b", "f": "iuf"}.get(type_.dtype.kind, "iu")
-    exact = type_.dtype.kind == "f" or np.array_equal(array, given)
-    if given.ndim != 1 or given.dtype.kind not in kinds or not exact:
-        raise UsageError(f"not an array of {type_.name}", got=f"{given.dtype} {given.shape}")
+    if type_.dtype.kind != "f" and not np.array_equal(array, given):
+        raise wrong
     return array
 
 
