@@ -20,7 +20,7 @@ step and no shift of tau. The tables of the nf codebooks are one-to-one, so the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,7 @@ U8 = NDArray[np.uint8]
 #: weighted by how often each level occurs in blocks of 64 normal weights (steps 1 / 124.114, 1 / 118.998
 #: and 1 / 98.994 of the scale).
 NF_TABLES: dict[str, NDArray[np.int8]] = {
-    "nf4": np.array(
-        [-124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124], dtype=np.int8
-    ),
+    "nf4": np.array([-124, -86, -65, -49, -35, -23, -11, 0, 10, 20, 31, 42, 55, 70, 90, 124], dtype=np.int8),
     "nf3": np.array([-119, -57, -26, 0, 19, 40, 67, 119], dtype=np.int8),
     "nf2": np.array([-99, -25, 25, 99], dtype=np.int8),
 }
@@ -96,14 +94,18 @@ def unpack_codes(raw: U8, codebook: str, kind: GgmlType) -> U8:
     Raises:
         MalformedFile: A stored code stands for none of the codebook's codes.
     """
-    codec = {GgmlType.Q8_0: Q8_0, GgmlType.Q4_0: Q4_0, GgmlType.Q2_0: Q2_0}[kind]
-    stored = codec.unpack(raw)[1].view(np.uint8)
+    unpack: Callable[[U8], tuple[NDArray[np.float16], NDArray[np.generic]]] = {
+        GgmlType.Q8_0: Q8_0.unpack,
+        GgmlType.Q4_0: Q4_0.unpack,
+        GgmlType.Q2_0: Q2_0.unpack,
+    }[kind]
+    stored: U8 = unpack(raw)[1].view(np.uint8)
     if codebook == "int8":
         return stored
     table = _stored_codes(codebook, kind).view(np.uint8)
     inverse = np.full(256, 255, np.uint8)
     inverse[table] = np.arange(table.size, dtype=np.uint8)
-    codes = inverse[stored]
+    codes: U8 = inverse[stored]
     if (codes == 255).any():
         raise MalformedFile(f"{kind.name} block holds a code that {codebook} does not have")
     return codes
@@ -164,7 +166,8 @@ def _fitted_steps(codebook: str, codes: U8, scale: NDArray[np.float32]) -> NDArr
     across, square = (table * levels)[sub].sum(axis=-1), (table * table)[sub].sum(axis=-1)
     nominal = 1 / table.max()  # blocks of zero codes: any step will do
     step = np.divide(across, square, out=np.full(scale.shape, nominal), where=square > 0)
-    return (step * scale).astype(np.float16)
+    fitted: NDArray[np.float16] = (step * scale).astype(np.float16)
+    return fitted
 
 
 def interleave_heads(rows: NDArray[np.generic], head_dim: int) -> NDArray[np.generic]:

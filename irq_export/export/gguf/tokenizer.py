@@ -12,24 +12,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.errors import UnsupportedModel
 from irq_formats.files import open_fixed
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
 from irq_formats.strict_json import parse_object
 
 from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
+from irq_export.export.gguf.special_tokens import read_json, special_ids
 from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = ["TokenizerMetadata", "read_tokenizer"]
-
-#: Names of a special token: in tokenizer_config.json, and in GGUF.
-_SPECIAL = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "unk_token": "unknown_token_id",
-    "sep_token": "seperator_token_id",  # [sic]
-    "pad_token": "padding_token_id",
-}
 
 
 @dataclass(frozen=True)
@@ -75,33 +67,26 @@ def read_tokenizer(
     file = open_fixed(path)
     text = file.read_bytes(0, file.size)
     tokenizer = parse_object(text, where=path)
-    config = _read_optional(directory / "tokenizer_config.json")
+    config = read_json(directory / "tokenizer_config.json")
     values: dict[str, GgufValue] = {}
     notes: list[str] = []
+    special = special_ids(directory, tokenizer)
     try:
-        values |= _ggml_values(tokenizer, config, vocab_size, path, pre_tokenizer)
+        values |= _vocabulary_values(tokenizer, vocab_size, path, pre_tokenizer)
+        values |= _added_values(tokenizer, special, path)
     except UnsupportedModel as error:
         if stock:
             raise
-        notes.append(f"no tokenizer.ggml.* keys: {error}")
+        values = {"tokenizer.ggml.model": STR("none")}
+        notes.append(f"no tokens in llama.cpp's terms: {error}")
+    values |= {f"tokenizer.ggml.{key}": U32(token_id) for key, token_id in special.items()}
     values |= _template_values(directory, config)
     values["tokenizer.huggingface.json"] = STR(text.decode("utf-8"))
     return TokenizerMetadata(values, notes)
 
 
-def _read_optional(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        return {}
-    file = open_fixed(path)
-    return parse_object(file.read_bytes(0, file.size), where=path)
-
-
-def _ggml_values(
-    tokenizer: Mapping[str, object],
-    config: Mapping[str, object],
-    vocab_size: int,
-    path: Path,
-    pre_tokenizer: str | None,
+def _vocabulary_values(
+    tokenizer: Mapping[str, object], vocab_size: int, path: Path, pre_tokenizer: str | None
 ) -> dict[str, GgufValue]:
     vocabulary = read_vocabulary(tokenizer, vocab_size, path)
     values = {"tokenizer.ggml.model": STR(vocabulary.model)}
@@ -111,20 +96,24 @@ def _ggml_values(
     else:
         values["tokenizer.ggml.pre"] = STR("default")
         values["tokenizer.ggml.add_space_prefix"] = BOOL(_adds_space_prefix(tokenizer, path))
-    values |= _token_values(vocabulary)
-    ids = {token: i for i, token in reversed(list(enumerate(vocabulary.tokens)))}
-    special = _special_ids(config, ids, path)
-    values |= {f"tokenizer.ggml.{key}": U32(token_id) for key, token_id in special.items()}
-    before, after = _template_ids(tokenizer)
-    for key, added, name in (("bos", before, "bos_token_id"), ("eos", after, "eos_token_id")):
-        if added and added != [special.get(name)]:
+    return values | _token_values(vocabulary)
+
+
+def _added_values(
+    tokenizer: Mapping[str, object], special: Mapping[str, int], path: Path
+) -> dict[str, GgufValue]:
+    """Say which tokens the post-processor puts around a text: llama.cpp knows BOS before and EOS after."""
+    values = {}
+    for kind, added in zip(("bos", "eos"), _template_ids(tokenizer), strict=True):
+        expected = special.get(f"{kind}_token_id")
+        if added and added != [expected]:
             raise UnsupportedModel(
-                f"the tokenizer adds tokens that are not its {key} token",
+                f"the tokenizer adds tokens that are not its {kind} token",
                 where=f"{path}: post_processor",
-                expected=[special.get(name)],
+                expected=[expected],
                 got=added,
             )
-        values[f"tokenizer.ggml.add_{key}_token"] = BOOL(bool(added))
+        values[f"tokenizer.ggml.add_{kind}_token"] = BOOL(bool(added))
     return values
 
 
@@ -136,20 +125,6 @@ def _token_values(vocabulary: Vocabulary) -> dict[str, GgufValue]:
     if vocabulary.merges is not None:
         values["tokenizer.ggml.merges"] = STR.array(vocabulary.merges)
     return values
-
-
-def _special_ids(config: Mapping[str, object], ids: Mapping[str, int], path: Path) -> dict[str, int]:
-    """Return the ids of the special tokens that ``tokenizer_config.json`` names, by GGUF key."""
-    found = {}
-    for name, key in _SPECIAL.items():
-        token = config.get(name)
-        text = token.get("content") if isinstance(token, Mapping) else token
-        if text is None:
-            continue
-        if text not in ids:
-            raise MalformedFile(f"{name} is not in the vocabulary", where=path, got=repr(text))
-        found[key] = ids[str(text)]
-    return found
 
 
 def _template_ids(tokenizer: Mapping[str, object]) -> tuple[list[int], list[int]]:

@@ -1,0 +1,339 @@
+"""From a checkpoint to GGUF: plan, preflight, stream, rename, hash, read back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from irq_formats.adapter import Adapter
+from irq_formats.atomic import atomic_dir, atomic_file
+from irq_formats.checkpoint import Checkpoint, open_checkpoint
+from irq_formats.errors import ParityFailed, UsageError
+from irq_formats.gguf import GgufValue, write_gguf
+from irq_formats.manifest import write_manifest
+
+from irq_export.export.gguf.adapters import NO_ADAPTER, export_adapter
+from irq_export.export.gguf.irq_profile import irq_files
+from irq_export.export.gguf.merged import merged_tensors
+from irq_export.export.gguf.modelfile import MODELFILE_NAME, modelfile
+from irq_export.export.gguf.options import MERGE_TYPES, GgufOptions
+from irq_export.export.gguf.plan import Plan, PlannedFile, check_complete, preflight, skip_lines
+from irq_export.export.gguf.readback import ReadBack, read_back
+from irq_export.export.gguf.stock_profile import (
+    ADAPTER_NAME,
+    BASE_NAME,
+    rope_tensors,
+    stock_files,
+    stock_header,
+)
+from irq_export.export.gguf.tensors import adapter_origins, source_tensors
+from irq_export.export.gguf.tokenizer import read_tokenizer
+
+__all__ = ["ExportResult", "OutputFile", "plan_gguf", "to_gguf"]
+
+#: Called with (bytes done, bytes in all, name of the tensor written).
+Progress = Callable[[int, int, str], None]
+
+_HASH_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A finished file.
+
+    Attributes:
+        path: Where it is.
+        nbytes: Its size.
+        sha256: Its hash, hexadecimal.
+    """
+
+    path: Path
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did.
+
+    Attributes:
+        profile: ``irq``, ``stock`` or ``merge-TYPE``.
+        output: The file, or the directory of a stock pair.
+        files: The GGUF files.
+        bits_per_weight: Of the block-quantised matrices, tau included, adapter not.
+        read_back: What was compared with the checkpoint after writing.
+        skipped: Source tensors left out, with the reason.
+        notes: What the user should know.
+    """
+
+    profile: str
+    output: Path
+    files: tuple[OutputFile, ...]
+    bits_per_weight: float
+    read_back: ReadBack
+    skipped: dict[str, str]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the result for ``--json``."""
+        return {
+            "profile": self.profile,
+            "output": str(self.output),
+            "files": [
+                {"path": str(file.path), "bytes": file.nbytes, "sha256": file.sha256} for file in self.files
+            ],
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "read_back": asdict(self.read_back),
+            "skipped": self.skipped,
+            "notes": list(self.notes),
+        }
+
+    def to_text(self) -> str:
+        """Return the result for people."""
+        lines = [f"{file.path}  {file.nbytes:,} bytes  sha256 {file.sha256}" for file in self.files]
+        lines.append(f"quantised matrices: {self.bits_per_weight:.4f} bits per weight")
+        back = self.read_back
+        lines.append(f"read back: {back.exact} tensors bit-exact")
+        if back.rounded:
+            lines[-1] += f", {back.rounded} rounded as the format asks (weight NMSE {back.weight_nmse:.1e})"
+        lines += skip_lines(self.skipped)
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def plan_gguf(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    profile: str = "irq",
+    adapter_dir: str | Path | None = None,
+    adapter: str = "keep",
+    separate_adapter: bool = False,
+    merge: str | None = None,
+    lossy: bool = False,
+    int2_type: str = "auto",
+    nf_type: str = "q8_0",
+    pre_tokenizer: str | None = None,
+) -> Plan:
+    """Return what :func:`to_gguf` with the same arguments would write; write nothing.
+
+    Raises:
+        IrqError: As :func:`to_gguf`, but for its output and the disk.
+    """
+    options = GgufOptions(
+        profile=profile,
+        adapter_dir=None if adapter_dir is None else Path(adapter_dir),
+        adapter=adapter,
+        separate_adapter=separate_adapter,
+        merge=merge,
+        lossy=lossy,
+        int2_type=int2_type,
+        nf_type=nf_type,
+        pre_tokenizer=pre_tokenizer,
+    )
+    return _Export.open(checkpoint, Path(output), options).plan
+
+
+def to_gguf(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    profile: str = "irq",
+    adapter_dir: str | Path | None = None,
+    adapter: str = "keep",
+    separate_adapter: bool = False,
+    merge: str | None = None,
+    lossy: bool = False,
+    int2_type: str = "auto",
+    nf_type: str = "q8_0",
+    pre_tokenizer: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Pack a checkpoint into GGUF and prove that the files hold it.
+
+    Args:
+        checkpoint: Directory that ``quantize`` or training wrote.
+        output: The file to write; for profile stock the directory of the pair.
+        profile, adapter_dir, adapter, separate_adapter, merge, lossy, int2_type, nf_type, pre_tokenizer:
+            See :class:`~irq_export.export.gguf.options.GgufOptions`.
+        overwrite: Replace an existing output.
+        progress: Called after each tensor.
+
+    Raises:
+        UsageError: The arguments contradict each other.
+        MalformedFile: Checkpoint or adapter break their specification.
+        UnsupportedModel: The profile cannot hold this model.
+        WrongBase: The adapter was trained against another base.
+        PreflightRefused: The disk has not enough room.
+        OutputExists: The output exists and ``overwrite`` is false.
+        ParityFailed: What was written is not the checkpoint; it was renamed to ``*.rejected``.
+    """
+    options = GgufOptions(
+        profile=profile,
+        adapter_dir=None if adapter_dir is None else Path(adapter_dir),
+        adapter=adapter,
+        separate_adapter=separate_adapter,
+        merge=merge,
+        lossy=lossy,
+        int2_type=int2_type,
+        nf_type=nf_type,
+        pre_tokenizer=pre_tokenizer,
+    )
+    export = _Export.open(checkpoint, Path(output), options)
+    preflight(export.plan, overwrite=overwrite)
+    export.write(overwrite=overwrite, progress=progress)
+    return export.finish()
+
+
+@dataclass(frozen=True)
+class _Export:
+    """An export under way: the opened inputs and the plan made from them."""
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    tokenizer: dict[str, GgufValue]
+    plan: Plan
+
+    @classmethod
+    def open(cls, checkpoint_dir: str | Path, output: Path, options: GgufOptions) -> _Export:
+        """Open and check the inputs, and plan."""
+        checkpoint = open_checkpoint(checkpoint_dir)
+        found = export_adapter(checkpoint, options.adapter_dir, options.adapter)
+        used = NO_ADAPTER if options.adapter == "drop" else found
+        if options.separate_adapter and not used.layers:
+            raise UsageError("there is no adapter to separate", where=checkpoint.path)
+        tokenizer = read_tokenizer(
+            checkpoint.path,
+            checkpoint.model.vocab_size,
+            stock=options.is_stock,
+            pre_tokenizer=options.pre_tokenizer,
+        )
+        notes = list(tokenizer.notes)
+        if used.layers and used.base_hash is None:
+            notes.append("the adapter records no base hash: that it fits this base was not checked")
+        plan = Plan(
+            profile=options.profile if options.merge is None else f"merge-{options.merge}",
+            output=output,
+            files=_planned_files(checkpoint, used, tokenizer.values, output, options),
+            is_directory=options.is_pair,
+            quantized_weights=sum(block.shape[0] * block.shape[1] for block in checkpoint.blocks.values()),
+            skipped=_dropped(found, used),
+            notes=tuple(notes),
+        )
+        check_complete(plan, source_tensors(checkpoint, found))
+        return cls(checkpoint, used, tokenizer.values, plan)
+
+    def write(self, *, overwrite: bool, progress: Progress | None) -> None:
+        """Write all files; each appears under its final name only when it is complete."""
+        if not self.plan.is_directory:
+            self._write_files(self.plan.output.parent, overwrite=overwrite, progress=progress)
+            return
+        with atomic_dir(self.plan.output, overwrite=overwrite) as directory:
+            self._write_files(directory, overwrite=False, progress=progress)
+            with atomic_file(directory / MODELFILE_NAME) as file:
+                file.write(self._modelfile().encode())
+            write_manifest(
+                directory,
+                {"kind": "irq-stock-pair", "base_hash": self.checkpoint.base_hash},
+            )
+
+    def _write_files(self, directory: Path, *, overwrite: bool, progress: Progress | None) -> None:
+        done, total = 0, self.plan.nbytes
+        written: list[Path] = []
+        try:
+            for file in self.plan.files:
+                update = None if progress is None else _shifted(progress, done, total)
+                path = directory / file.name
+                sources = [tensor.source for tensor in file.tensors]
+                write_gguf(path, file.metadata, sources, overwrite=overwrite, progress=update)
+                written.append(path)
+                done += file.nbytes
+        except BaseException:
+            for path in written:  # an adapter without its model is of no use
+                with suppress(OSError):
+                    path.unlink()
+            raise
+
+    def _modelfile(self) -> str:
+        names = {file.name for file in self.plan.files}
+        template = self.tokenizer.get("tokenizer.chat_template")
+        tokens, bos = (self.tokenizer.get(f"tokenizer.ggml.{key}") for key in ("tokens", "bos_token_id"))
+        has_bos = tokens is not None and bos is not None
+        text = tokens.value[bos.value] if has_bos else ""  # type: ignore[index,union-attr]
+        return modelfile(
+            BASE_NAME,
+            ADAPTER_NAME if ADAPTER_NAME in names else None,
+            str(template.value) if template else None,
+            str(text),
+        )
+
+    def finish(self) -> ExportResult:
+        """Read the files back, compare, hash."""
+        plan = self.plan
+        try:
+            compared = read_back(plan, self.checkpoint, self.adapter)
+        except ParityFailed:
+            _reject(plan)
+            raise
+        return ExportResult(
+            profile=plan.profile,
+            output=plan.output,
+            files=tuple(_hashed(plan.path(file)) for file in plan.files),
+            bits_per_weight=plan.bits_per_weight,
+            read_back=compared,
+            skipped=dict(plan.skipped),
+            notes=plan.notes,
+        )
+
+
+def _planned_files(
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    tokenizer: dict[str, GgufValue],
+    output: Path,
+    options: GgufOptions,
+) -> tuple[PlannedFile, ...]:
+    if options.merge is not None:
+        tensors = rope_tensors(checkpoint.model)
+        tensors += merged_tensors(checkpoint, adapter, MERGE_TYPES[options.merge])
+        return (PlannedFile(output.name, stock_header(checkpoint.model) | tokenizer, tuple(tensors)),)
+    if options.is_pair:
+        return stock_files(
+            checkpoint, adapter, tokenizer, int2_type=options.int2_type, nf_type=options.nf_type
+        )
+    return irq_files(checkpoint, adapter, tokenizer, output, separate_adapter=options.separate_adapter)
+
+
+def _dropped(found: Adapter, used: Adapter) -> dict[str, str]:
+    """Name the adapter tensors that ``drop`` leaves out."""
+    return {
+        origin: "the adapter is dropped, as asked"
+        for module in found.layers
+        if module not in used.layers
+        for origin in adapter_origins(found, module)
+    }
+
+
+def _shifted(progress: Progress, before: int, total: int) -> Callable[[str, int, int], None]:
+    def update(name: str, done: int, of_file: int) -> None:
+        progress(before + done, total, name)
+
+    return update
+
+
+def _reject(plan: Plan) -> None:
+    """Rename what was written to ``*.rejected``, so that nobody takes it for a result."""
+    for path in [plan.output] if plan.is_directory else [plan.path(file) for file in plan.files]:
+        path.replace(path.with_name(path.name + ".rejected"))
+
+
+def _hashed(path: Path) -> OutputFile:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return OutputFile(path, path.stat().st_size, digest.hexdigest())
