@@ -158,8 +158,15 @@ def to_gguf(
     Args:
         checkpoint: Directory that ``quantize`` or training wrote.
         output: The file to write; for profile stock the directory of the pair.
-        profile, adapter_dir, adapter, separate_adapter, merge, lossy, int2_type, nf_type, pre_tokenizer:
-            See :class:`~irq_export.export.gguf.options.GgufOptions`.
+        profile: ``irq`` (our runtime, bit for bit) or ``stock`` (unmodified llama.cpp).
+        adapter_dir: PEFT directory of the adapter; None takes the checkpoint's own, if it has one.
+        adapter: ``keep``, ``fold``, ``merge`` (needs ``merge``) or ``drop``.
+        separate_adapter: Profile irq: write the adapter to ``STEM.adapter.gguf`` beside the model.
+        merge: ``f16``, ``bf16`` or ``f32``: one stock file of floating-point weights, adapter merged.
+        lossy: Reserved for merging into 2-4 bits, which is not implemented.
+        int2_type: Profile stock, int2: ``auto``, ``q2_0`` or ``q4_0``.
+        nf_type: Profile stock, nf codebooks: ``q8_0`` or ``bf16``.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it is not recognised.
         overwrite: Replace an existing output.
         progress: Called after each tensor.
 

@@ -61,7 +61,7 @@ class GgufOptions:
         if self.adapter == "merge" and self.merge is None:
             hint = "Use --adapter keep, or --merge bf16 for one floating-point file"
             raise UsageError(
-                "merging the adapter into 2-4 bits quantises it again: the file would not be what was trained",
+                "merging the adapter into 2-4 bits quantises it again: that is not what was trained",
                 hint=hint + (" (re-quantisation with --lossy is not implemented)" if self.lossy else ""),
             )
         if self.separate_adapter and (self.is_stock or self.adapter == "drop"):
