@@ -1,12 +1,118 @@
-// Kernels over packed blocks (formats/spec/irq-blocks.md). Arrays are dense and row-major.
+// Kernels over weights as they lie in the file: dequantise, matrix times vector, matrix times matrix.
+//
+//   Matrix       a view of the mapped bytes of one weight; costs nothing to make (formats/spec/irq-blocks.md)
+//   Activations  the inputs, prepared once and shared by every matrix that reads them (q/k/v, gate/up)
+//   gemv, gemm   any range of rows: threads split the rows, nothing is shared but read-only memory
+//
+// Two modes. `exact`: float32 weights by table look-up, float32 sums. `fast`: inputs rounded to int8 in
+// groups of 32, 8-bit tables, integer sums inside a block, float32 across blocks; float carriers (f32,
+// f16, bf16) are exact in both. No function here allocates, except the constructor of Activations.
+// Pointers need only their element's alignment. Arrays are dense and row-major.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "irq/codebooks.h"
+#include "irq/cpu.h"
 
 namespace irq {
+
+// blocks: packed codes with scales and offsets in arrays of their own (irq files). The others are
+// ggml's: values in a row, or blocks of 32 that carry their own scale.
+enum class Format : std::uint8_t { blocks, f32, f16, bf16, q8_0, q4_0, q4_1 };
+
+enum class Storage : std::uint8_t { none, f32, f16, dq8 };
+
+// One value per block, (rows, blocks_per_row): the scale or the offset tau.
+struct BlockValues {
+    Storage storage = Storage::none;  // none: all 0 (tau only)
+    const void *values = nullptr;     // float, fp16 bits or uint8 index
+    const float *absmax = nullptr;    // dq8: (ceil(rows * blocks_per_row / 256),)
+    float offset = 0;                 // dq8: added
+    bool round_to_f16 = false;        // dq8: then rounded to fp16 and widened
+};
+
+struct Matrix {
+    Format format = Format::f32;
+    irq_codebook codebook = IRQ_NF4;  // Format::blocks
+    std::size_t block_size = 1;       // Format::blocks: 32 or 64 (int8: 32); q8_0, q4_0, q4_1: 32; floats: 1
+    std::size_t rows = 0;             // out
+    std::size_t columns = 0;          // in, a multiple of block_size
+    const void *data = nullptr;       // (rows, row_bytes()): codes, values or ggml blocks
+    BlockValues scale, tau;           // Format::blocks
+
+    std::size_t blocks_per_row() const { return columns / block_size; }
+    std::size_t row_bytes() const;    // of data
+    std::size_t total_bytes() const;  // of data, scale and tau together: what a product reads
+};
+
+// True if format, codebook, block size, storage and columns go together and no needed pointer is null.
+bool is_valid(const Matrix &matrix);
+
+// A matrix in one of ggml's formats.
+Matrix stock_matrix(Format format, std::size_t rows, std::size_t columns, const void *data);
+
+enum class Mode : std::uint8_t { exact, fast };
+
+inline constexpr std::size_t group_size = 32;  // inputs that share one int8 scale
+inline constexpr std::size_t row_tile = 32;    // row ranges for threads are best cut at multiples of this
+
+// Input vectors ready for products. Rows are padded with zeros to a multiple of 64 columns; groups of
+// 32 columns have their sums beside them, because a block's offset meets its inputs only through their sum.
+class Activations {
+  public:
+    Activations(std::size_t max_tokens, std::size_t max_columns, Mode mode);  // the one allocation
+    ~Activations();
+    Activations(Activations &&) noexcept;
+    Activations &operator=(Activations &&) noexcept;
+    Activations(const Activations &) = delete;
+    Activations &operator=(const Activations &) = delete;
+
+    // Takes x (tokens, columns) with row stride ldx, in floats. For several threads: `reshape` on one,
+    // then `prepare_token` for every token on any.
+    void prepare(const float *x, std::size_t ldx, std::size_t tokens, std::size_t columns);
+    void reshape(std::size_t tokens, std::size_t columns);  // within the maxima
+    void prepare_token(std::size_t token, const float *x);
+
+    std::size_t tokens() const { return tokens_; }
+    std::size_t columns() const { return columns_; }
+    std::size_t stride() const { return stride_; }             // columns, padded
+    std::size_t groups() const { return stride_ / group_size; }
+    Mode mode() const { return mode_; }
+
+    const float *x(std::size_t token) const { return x_ + token * stride_; }            // (stride,)
+    const float *sum(std::size_t token) const { return sum_ + token * groups(); }       // (groups,) of x
+    const std::int8_t *codes(std::size_t token) const { return codes_ + token * stride_; }  // fast
+    const float *scale(std::size_t token) const { return scale_ + token * groups(); }       // fast
+    const float *code_sum(std::size_t token) const { return code_sum_ + token * groups(); }  // fast: of scale * codes
+
+  private:
+    void *memory_ = nullptr;
+    float *x_ = nullptr, *sum_ = nullptr, *scale_ = nullptr, *code_sum_ = nullptr;
+    std::int8_t *codes_ = nullptr;
+    std::size_t max_tokens_ = 0, max_stride_ = 0, tokens_ = 0, columns_ = 0, stride_ = 0;
+    Mode mode_ = Mode::exact;
+};
+
+// What happens to the values already in y. `add` fuses a LoRA branch: y += B (A x).
+enum class Store : std::uint8_t { set, add };
+
+// Rows [r0, r1) of w as float32 (r1 - r0, columns). Bit-equal to irq_formats.codecs.BlockCodec.decode
+// (and to ggml's dequantisation) on every instruction set. Also the embedding look-up.
+void dequantize_rows(const Matrix &w, std::size_t r0, std::size_t r1, float *weight);
+
+// y[r] = sum_i w[r, i] * x[i] for r in [r0, r1); x is token `token` of the activations, whose columns
+// must equal the matrix's. y is indexed by r itself.
+void gemv(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
+          Store store = Store::set);
+
+// y[t * ldy + r] = sum_i w[r, i] * x[t, i] for all tokens t and r in [r0, r1). Panels of the weights are
+// decoded into a buffer of fixed size on the stack (under 256 KiB), never the whole matrix.
+void gemm(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
+          Store store = Store::set);
+
+// --- the first version, to be removed with its users ---
 
 // Geometry of a block-quantised matrix.
 struct BlockShape {
