@@ -240,6 +240,22 @@ def test_half_inputs_are_widened(dtype):
     np.testing.assert_array_equal(half.block.dequantize(), full.block.dequantize())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("codebook", BOOKS)
+@pytest.mark.parametrize("config", [*CONFIGS, SearchConfig.released()], ids=str)
+def test_cuda_equals_cpu(codebook, config):
+    if config.numerics == "reference" and codebook != "nf4":
+        pytest.skip("released numerics are nf4 only")
+    gauss = np.random.default_rng(12).standard_normal((2000, 64)).astype(f32)
+    awkward = gauss[:1] if config.numerics == "reference" else awkward_blocks(64)
+    weight = torch.from_numpy(np.concatenate([gauss, awkward]))
+    spec = BlockSpec(codebook, scale="f32", tau="f32") if config.numerics == "exact" else RELEASED_NF4
+    cpu, cuda = quantize_tensor(weight, spec, config), quantize_tensor(weight.cuda(), spec, config)
+    for name, part in cpu.block.parts.items():
+        np.testing.assert_array_equal(cuda.block.parts[name], part, err_msg=name)
+    assert (cuda.entropy_before, cuda.entropy_after) == (cpu.entropy_before, cpu.entropy_after)
+
+
 # --- degenerate blocks --------------------------------------------------------------------------------
 
 
