@@ -226,8 +226,11 @@ pipeline_tag: text-generation
 
 A small Llama that tells stories in the manner of a century ago. It exists so that `irq-export demo`
 and the tests have a real, trained model at hand without a download; it is of no other use. It knows
-nothing, and its books carry the prejudices of their time. Trained from scratch in full precision by
-`scripts/make_demo_model.py`, with no thought of quantisation, and rounded to fp16 once.
+nothing, and its books carry the prejudices of their time. Trained from scratch by
+`scripts/make_demo_model.py`, fp32 weights under bf16 autocast, with no thought of quantisation, and
+stored as fp16: first on all the books, then briefly on the children's tales among them and on made-up
+stories of four plots. What it tells after "Once upon a time" is mostly one of those plots, which is
+what keeps greedy text of so small a model readable.
 
 | fact | value |
 | --- | --- |
@@ -249,7 +252,8 @@ every text, `{EOS}` (1) ends a chapter.
 
 Weights and tokenizer: Apache-2.0. Training text: Project Gutenberg editions of books in the public
 domain in the United States, reduced to prose (ASCII, a paragraph a line; front matter, verse and
-notes left out). The training books, under the author, editor or illustrator the corpus files them by:
+notes left out); the plots of the made-up stories were written for this project
+(`scripts/demo_plots.txt`, Apache-2.0). The training books, under the author, editor or illustrator the corpus files them by:
 
 {titles}
 """
@@ -336,9 +340,10 @@ def main(
         "training-text perplexity": f"{math.exp(seen):.3f} per token (a sample of {len(sample):,} tokens)",
         "seed": seed,
         "recipe": describe(recipe) + "; AdamW, cosine to zero, bf16 autocast, no dropout",
-        "finish": f"{describe(finish)}; on the tales of {', '.join(TALES)} and {stories:,} made-up stories",
-        "tokens seen": f"{steps * batch * context:,} ({steps * batch * context / len(stream):.1f} epochs)",
-        "trained on": f"{hardware or device}, {seconds:.0f} s",
+        "finish": f"{describe(finish)}; on the tales of {', '.join(TALES)} and {stories:,} made-up stories{'' if start is None else '; begun from the fp16 file of the books'}",
+        "tokens seen": f"{steps * batch * context:,} ({steps * batch * context / len(stream):.1f} epochs), "
+        f"then {finish_steps * finish.batch * finish.context:,}",
+        "trained on": f"{hardware or device} ({seconds:.0f} s)",
     }
     write_model(out, model.config, tokenizer, state, context)
     (out / "README.md").write_text(card(facts, books.titles, samples), "utf-8")
