@@ -25,6 +25,9 @@ ROPE_STYLES = ("half", "interleaved")
 #: Base of the rotary frequencies where a config.json names none.
 _DEFAULT_THETA = 10000.0
 
+#: Sliding window of mistral and qwen where a config.json has no such key (null means none).
+_DEFAULT_WINDOW = 4096
+
 #: Upper bounds of the integer fields; a larger value is a damaged file, not a model.
 _LIMITS = {
     "hidden_size": 2**20,
@@ -192,6 +195,7 @@ class ModelConfig:
         heads = fields.integer("num_attention_heads")
         if not 0 < heads <= _LIMITS["num_attention_heads"]:
             raise _out_of_range("num_attention_heads", heads)
+        may_omit = family == "llama" or "num_key_value_heads" in config  # null means: one a query head
         head_dim = fields.integer("head_dim", 128 if family == "qwen3" else hidden_size // heads)
         theta, scaling = _read_hf_rope(fields)
         return cls(
@@ -199,7 +203,7 @@ class ModelConfig:
             hidden_size=hidden_size,
             num_hidden_layers=fields.integer("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=fields.integer("num_key_value_heads", heads if family == "llama" else None),
+            num_key_value_heads=fields.integer("num_key_value_heads", heads if may_omit else None),
             head_dim=head_dim,
             intermediate_size=fields.integer("intermediate_size"),
             vocab_size=fields.integer("vocab_size"),
@@ -218,7 +222,12 @@ def _out_of_range(name: str, value: object) -> MalformedFile:
 
 
 def _unknown_family(family: str) -> UnsupportedModel:
-    return UnsupportedModel("this model family is not supported", expected=" | ".join(FAMILIES), got=family)
+    return UnsupportedModel(
+        "this model family is not supported",
+        expected=" | ".join(FAMILIES),
+        got=family,
+        hint="Other families need a forward pass of their own",
+    )
 
 
 def _refuse_what_we_cannot_compute(fields: Fields, family: str) -> None:
@@ -226,14 +235,21 @@ def _refuse_what_we_cannot_compute(fields: Fields, family: str) -> None:
     where = fields.where
     if (act := fields.string("hidden_act", "silu")) not in ("silu", "swish"):
         raise UnsupportedModel(
-            "this activation is not supported", where=f"{where}: hidden_act", expected="silu", got=act
+            "this activation is not supported",
+            where=f"{where}: hidden_act",
+            expected="silu",
+            got=act,
+            hint="Only SwiGLU feed-forward layers can be exported",
         )
     for key in ("attention_bias", "mlp_bias"):
         if fields.has(key) and fields.boolean(key) and family != "qwen2":
             raise UnsupportedModel(
-                "biases are supported on q, k and v of qwen2 only", where=f"{where}: {key}", got=True
+                "biases are supported on q, k and v of qwen2 only",
+                where=f"{where}: {key}",
+                got=True,
+                hint="Set the key to false if the checkpoint holds no such biases",
             )
-    window = fields.integer("sliding_window", 0)
+    window = fields.integer("sliding_window", 0 if "sliding_window" in fields.values else _DEFAULT_WINDOW)
     active = family == "mistral" or fields.boolean("use_sliding_window", False)
     if active and 0 < window < fields.integer("max_position_embeddings"):
         raise UnsupportedModel(
@@ -253,6 +269,7 @@ def _refuse_what_we_cannot_compute(fields: Fields, family: str) -> None:
             where=f"{where}: partial_rotary_factor",
             expected=1,
             got=rotated,
+            hint="Only models that rotate whole heads can be exported",
         )
 
 

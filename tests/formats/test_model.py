@@ -78,6 +78,7 @@ class TestFromHf:
             {"attention_bias": True},
             {"mlp_bias": True},
             {"model_type": "mistral", "sliding_window": 64},
+            {"model_type": "mistral", "max_position_embeddings": 32768},
             {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True},
             {"partial_rotary_factor": 0.5},
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
@@ -86,14 +87,16 @@ class TestFromHf:
         ids=lambda change: "-".join(map(str, change)),
     )
     def test_what_we_cannot_compute_is_refused(self, change: dict[str, object]) -> None:
-        with pytest.raises(UnsupportedModel):
+        with pytest.raises(UnsupportedModel) as error:
             ModelConfig.from_hf({**HF, **change})
+        assert error.value.hint
 
     @pytest.mark.parametrize(
         "change",
         [
             {"model_type": "mistral", "sliding_window": None},
             {"model_type": "mistral", "sliding_window": 256},
+            {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": None},
             {"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": False},
             {"attention_dropout": 0.1},
             {"attention_bias": False},
