@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from irq_formats.adapter import LoraLayer, delta_weight, random_layer, tau_extra_rank
-from irq_formats.blocks import BlockSpec
+from irq_formats.blocks import BlockSpec, encode_int8
 from irq_formats.errors import MalformedFile, UsageError, WrongBase
 from irq_formats.names import gguf_to_hf, hf_to_gguf
 from irq_runtime.reference import ReferenceModel, load_model
@@ -182,6 +182,17 @@ class TestIrq:
             name = f"{hf_to_gguf(module)}.weight"
             assert np.array_equal(weights.tensor(name, np.float32), tensor.dequantize())
             assert gguf_to_hf(name) == f"{module}.weight"
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_int8_embedding(self, tied: bool, tmp_path: Path) -> None:
+        model = tiny_model(tied=tied)
+        embedding = encode_int8(model.model.embed_tokens.weight.detach().numpy())
+        blocks = {"model.embed_tokens": embedding, **block_tensors(model, BlockSpec("nf4"))}
+        write_irq(tmp_path / "m.gguf", model, blocks)
+        load_weights(model, {module: t.dequantize() for module, t in blocks.items()})
+        tokens = tiny_tokens(model)
+        got = load_model(tmp_path / "m.gguf").logits(tokens[0].tolist())
+        assert nmse(got, torch_logits(model, tokens, torch.float64)) < NMSE_FLOAT64
 
     def test_separate_adapter(self, tmp_path: Path) -> None:
         model = tiny_model()
