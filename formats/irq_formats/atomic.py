@@ -170,11 +170,12 @@ def _rename_new(partial: Path, target: Path) -> None:
 def _swap_dirs(partial: Path, target: Path) -> None:
     """Put ``partial`` in the place of ``target``; between the renames the name is absent."""
     old = target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}")
-    target.rename(old)
     try:
+        target.rename(old)
         partial.rename(target)
     except BaseException:
-        old.rename(target)
+        if old.exists() and not os.path.lexists(target):
+            old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

@@ -215,6 +215,30 @@ class TestDir:
         assert names(tmp_path / "d") == ["manifest.json", "sub"]
         assert names(tmp_path) == ["d"]
 
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+    @pytest.mark.parametrize("call", [0, 1, 2])
+    def test_old_directory_comes_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, error: type[BaseException]
+    ) -> None:
+        """The k-th rename fails, or Ctrl-C comes just before it."""
+        write_dir(tmp_path / "d")
+        (tmp_path / "d" / "old").touch()
+        calls, rename = iter(range(100)), Path.rename
+
+        def fail(path: Path, target: Path) -> Path:
+            if next(calls) == call:
+                raise error
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        if call < 2:
+            with pytest.raises(error):
+                write_dir(tmp_path / "d", overwrite=True)
+        else:
+            write_dir(tmp_path / "d", overwrite=True)
+        assert (tmp_path / "d" / "old").exists() == (call < 2)
+        assert names(tmp_path) == ["d"]
+
     def test_empty_directory_is_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "d").mkdir()
         with pytest.raises(OutputExists):

@@ -76,6 +76,14 @@ def test_a_large_vocabulary_parses_fast(tmp_path: Path) -> None:
     assert file.metadata["tokenizer.ggml.tokens"] == tokens
 
 
+@pytest.mark.parametrize("length", [0, 1, 4095, 262_135, 262_136, 262_137, 600_000])
+def test_strings_across_the_reading_window(tmp_path: Path, length: int) -> None:
+    """The header is read in windows of 256 KiB; strings may start, end or lie across anywhere."""
+    strings = ["a", "ü" * length, "", "b" * length, *(str(i) for i in range(50_000)), "z"]
+    write_gguf(tmp_path / "x", ARCHITECTURE | {"k": STR.array(strings)}, [])
+    assert open_gguf(tmp_path / "x").metadata["k"] == strings
+
+
 @pytest.mark.parametrize("pad", [True, False])
 def test_last_padding_is_optional(tmp_path: Path, pad: bool) -> None:
     data = raw_gguf.DATA_A + raw_gguf.DATA_B + (raw_gguf.PAD_B if pad else b"")

@@ -163,6 +163,26 @@ class _Cursor:
         except UnicodeDecodeError as error:
             self.fail(f"{what} is not UTF-8", got=error.reason)
 
+    def strings(self, count: int, cap: int, what: str) -> list[str]:
+        """Read ``count`` strings; those that lie whole in the window without a call each."""
+        found: list[str] = []
+        while len(found) < count:
+            window, position = self.window, self.position
+            while len(found) < count:
+                begin = position + 8
+                end = begin + int.from_bytes(window[position:begin], "little")
+                if begin > len(window) or end > len(window):
+                    break
+                try:
+                    found.append(window[begin:end].decode("utf-8"))
+                except UnicodeDecodeError:
+                    break
+                position = end
+            self.position = position
+            if len(found) < count:  # crosses the window, or is wrong
+                found.append(self.string(cap, what))
+        return found
+
     def value_type(self, what: str) -> ValueType:
         (number,) = self.unpack(_ENUM, what)
         if number >= len(ValueType):
@@ -205,10 +225,10 @@ def _parse_array(cursor: _Cursor, key: str) -> GgufValue:
         cursor.fail(f"array of arrays in {key}")
     (count,) = cursor.unpack(_COUNT, f"length of {key}")
     item_bytes = 8 if element is ValueType.STR else element.dtype.itemsize
-    cursor.check_count(count, rules.MAX_ARRAY, item_bytes, f"elements in {key}")
+    cap = rules.MAX_STRINGS if element is ValueType.STR else rules.MAX_ARRAY
+    cursor.check_count(count, cap, item_bytes, f"elements in {key}")
     if element is ValueType.STR:
-        what = f"a string of {key}"
-        strings = [cursor.string(rules.MAX_STRING_BYTES, what) for _ in range(count)]
+        strings = cursor.strings(count, rules.MAX_STRING_BYTES, f"a string of {key}")
         return GgufValue(ValueType.ARRAY, strings, element)
     raw = np.frombuffer(cursor.take(count * item_bytes, key), np.uint8)
     if element is ValueType.BOOL and raw.size and raw.max() > 1:

@@ -18,6 +18,7 @@ __all__ = [
     "MAX_KEYS",
     "MAX_KEY_BYTES",
     "MAX_NAME_BYTES",
+    "MAX_STRINGS",
     "MAX_STRING_BYTES",
     "MAX_TENSORS",
     "VERSION",
@@ -39,7 +40,8 @@ MAX_TENSORS = 1 << 17
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_NAME_BYTES = 63
 MAX_STRING_BYTES = 1 << 26  # the largest tokenizer.json seen is 2^25
-MAX_ARRAY = 1 << 22  # elements
+MAX_ARRAY = 1 << 22  # numbers
+MAX_STRINGS = 1 << 21  # in one array; the largest vocabularies have 2^20 tokens
 
 
 def padding(nbytes: int, alignment: int) -> int:

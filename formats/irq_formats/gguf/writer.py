@@ -158,9 +158,11 @@ def _check_metadata(metadata: Mapping[str, GgufValue]) -> None:
 
 
 def _value_fault(value: GgufValue) -> str | None:
-    if value.type is ValueType.ARRAY and len(value.value) > rules.MAX_ARRAY:  # type: ignore[arg-type]
-        return f"array is longer than {rules.MAX_ARRAY}"
     strings = value.value if isinstance(value.value, list) else [value.value]
+    if isinstance(value.value, np.ndarray) and value.value.size > rules.MAX_ARRAY:
+        return f"array is longer than {rules.MAX_ARRAY}"
+    if len(strings) > rules.MAX_STRINGS:
+        return f"array of strings is longer than {rules.MAX_STRINGS}"
     for text in strings:
         if isinstance(text, str):
             try:
