@@ -253,7 +253,8 @@ every text, `{EOS}` (1) ends a chapter.
 Weights and tokenizer: Apache-2.0. Training text: Project Gutenberg editions of books in the public
 domain in the United States, reduced to prose (ASCII, a paragraph a line; front matter, verse and
 notes left out); the plots of the made-up stories were written for this project
-(`scripts/demo_plots.txt`, Apache-2.0). The training books, under the author, editor or illustrator the corpus files them by:
+(`scripts/demo_plots.txt`, Apache-2.0). The training books, under the author, editor or illustrator
+the corpus files them by:
 
 {titles}
 """
@@ -340,7 +341,8 @@ def main(
         "training-text perplexity": f"{math.exp(seen):.3f} per token (a sample of {len(sample):,} tokens)",
         "seed": seed,
         "recipe": describe(recipe) + "; AdamW, cosine to zero, bf16 autocast, no dropout",
-        "finish": f"{describe(finish)}; on the tales of {', '.join(TALES)} and {stories:,} made-up stories{'' if start is None else '; begun from the fp16 file of the books'}",
+        "finish": f"{describe(finish)}; on the tales of {', '.join(TALES)} and "
+        f"{stories:,} made-up stories" + ("; begun from the fp16 file of the books" if start else ""),
         "tokens seen": f"{steps * batch * context:,} ({steps * batch * context / len(stream):.1f} epochs), "
         f"then {finish_steps * finish.batch * finish.context:,}",
         "trained on": f"{hardware or device} ({seconds:.0f} s)",
