@@ -2,29 +2,33 @@
 
 The search (irq_export.icq_search) finds a scale and an offset per block; irq_formats.blocks stores them and
 chooses the codes last, against what was really stored. ``numerics="reference"`` reproduces the released code
-instead (irq_export.icq_reference). Blocks are independent, so a matrix is worked through in chunks of bounded
-memory and the result depends neither on the chunk nor on the device.
+instead (irq_export.icq_reference). Blocks are independent but for the storage of their scales and offsets, so
+a matrix is worked through twice, some rows at a time: search everything, store, then choose the codes. The
+result depends neither on the chunk nor on the device.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from irq_formats.blocks import BlockSpec, BlockTensor, encode, part_layout
+from irq_formats.blocks import BlockSpec, BlockTensor, part_layout, store_scales
 from irq_formats.errors import UnsupportedModel, UsageError
 from torch import Tensor
 
 from irq_export.icq_reference import check_spec, nested_scale, nested_tau, reference_blocks
 from irq_export.icq_search import ENTROPY_UNIT, SearchConfig, block_entropy, plain_entropy, search_blocks
 
-__all__ = ["QuantizedWeight", "SearchConfig", "quantize_tensor"]
+__all__ = ["QuantizedWeight", "SearchConfig", "quantize_rows", "quantize_tensor"]
 
 #: Largest magnitude searched: no threshold and no decoded value below it overflows float32.
 _MAX_WEIGHT = 2.0**125
 #: Default budget of temporaries, bytes: chunks that stay near a CPU's caches; a GPU is given more.
 _CPU_BUDGET, _CUDA_BUDGET = 1 << 25, 1 << 32
+#: Weights whose codes are chosen together: temporaries of about 100 MiB.
+_MEASURED_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -68,44 +72,71 @@ def quantize_tensor(
         UnsupportedModel: Not a matrix of whole blocks, not finite, or magnitudes the storage cannot hold.
         UsageError: ICQ without storage for offsets, int8, or a storage the released numerics do not have.
     """
-    config = search or SearchConfig()
-    _check(weight, spec, config, where)
-    blocks = weight.detach().to(torch.float32).contiguous().view(-1, spec.block_size)
-    if budget is None:
-        budget = _CUDA_BUDGET if blocks.is_cuda else _CPU_BUDGET
-    chunks = torch.split(blocks, max(1, budget // _bytes_per_block(spec, config)))
-    if any(not bool(chunk.abs().amax() <= _MAX_WEIGHT) for chunk in chunks):
-        raise UnsupportedModel(
-            "not a quantisable weight",
-            where=where,
-            expected=f"finite values of magnitude at most {_MAX_WEIGHT:g}",
-            got=f"{int((~blocks.isfinite()).sum())} values that are not finite"
-            if not bool(blocks.isfinite().all())
-            else f"{float(blocks.abs().amax()):g}",
-        )
-    before = sum(plain_entropy(chunk, spec.codebook) for chunk in chunks)
-    shape = (weight.shape[0], weight.shape[1])
-    if config.numerics == "reference":
-        block = _quantize_reference(chunks, shape, spec, config)
-    else:
-        pairs = max(1, budget // (32 * spec.block_size))
-        found = [
-            search_blocks(chunk, spec.codebook, config, with_tau=spec.tau != "none", pairs_at_once=pairs)
-            for chunk in chunks
-        ]
-        scale, tau = (torch.cat(part).view(shape[0], -1).cpu().numpy() for part in zip(*found, strict=True))
-        block = encode(blocks.view(shape).cpu().numpy(), scale, tau, spec)
-    return _measured(blocks.view(shape), block, before)
-
-
-def _check(weight: Tensor, spec: BlockSpec, config: SearchConfig, where: str) -> None:
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise UnsupportedModel(
             "weight dtype", where=where, expected="float32, float16 or bfloat16", got=weight.dtype
         )
     if weight.ndim != 2:
         raise UnsupportedModel("not a matrix", where=where, expected="(out, in)", got=tuple(weight.shape))
-    part_layout(spec, (weight.shape[0], weight.shape[1]))
+    shape = (weight.shape[0], weight.shape[1])
+    weight = weight.detach()
+    return quantize_rows(lambda rows: weight[rows], shape, spec, search, where=where, budget=budget)
+
+
+def quantize_rows(
+    read: Callable[[slice], Tensor],
+    shape: tuple[int, int],
+    spec: BlockSpec,
+    search: SearchConfig | None = None,
+    *,
+    where: str = "weight",
+    budget: int | None = None,
+) -> QuantizedWeight:
+    """Quantise a matrix of any size in bounded memory: every row is read twice, a few rows at a time.
+
+    Args:
+        read: Returns some rows, ``(rows, in)``, in a floating-point dtype, on the device that is to search.
+        shape: ``(out, in)``.
+        spec: As for :func:`quantize_tensor`, as are the others, the result and the errors.
+        search: How scale and offset are found.
+        where: Name of the tensor, for errors.
+        budget: Bytes of temporary memory beside the result.
+    """
+    config = search or SearchConfig()
+    _check(shape, spec, config, where)
+    if budget is None:
+        budget = _CUDA_BUDGET if read(slice(0, 1)).is_cuda else _CPU_BUDGET
+    at_once = max(1, budget // _bytes_per_block(spec, config))
+    reference = config.numerics == "reference"
+    packed = np.empty(part_layout(spec, shape)["codes"][1], np.uint8)
+    scales, taus, before = [], [], 0
+    for rows in _row_slices(shape, at_once * spec.block_size):
+        released_codes = []
+        for blocks in torch.split(_blocks(read(rows), spec, where), at_once):
+            before += plain_entropy(blocks, spec.codebook)
+            if reference:
+                codes, scale, tau = reference_blocks(blocks, spec.codebook, config)
+                released_codes.append(codes.cpu())
+            else:
+                pairs = max(1, budget // (32 * spec.block_size))
+                with_tau = spec.tau != "none"
+                scale, tau = search_blocks(
+                    blocks, spec.codebook, config, with_tau=with_tau, pairs_at_once=pairs
+                )
+            scales.append(scale.cpu())
+            taus.append(tau.cpu())
+        if reference:
+            packed[rows] = spec.codec.pack(torch.cat(released_codes).view(-1, shape[1]).numpy())
+    store = _store_released if reference else _store_exact
+    stored = store(torch.cat(scales), torch.cat(taus), spec, shape)
+    block = replace(stored, parts={"codes": packed, **stored.parts})
+    after, rel_mse = _finish(block, read, choose_codes=not reference)
+    unit = ENTROPY_UNIT * (packed.size * 8 // (spec.bits * spec.block_size))
+    return QuantizedWeight(block, before / unit, after / unit, rel_mse)
+
+
+def _check(shape: tuple[int, int], spec: BlockSpec, config: SearchConfig, where: str) -> None:
+    part_layout(spec, shape)
     if spec.codebook == "int8":
         raise UsageError("int8 has nothing to search", where=where, hint="Use irq_formats.blocks.encode_int8")
     if config.icq and spec.tau == "none":
@@ -121,38 +152,62 @@ def _bytes_per_block(spec: BlockSpec, config: SearchConfig) -> int:
     return (2 * config.tau_steps + 1) * 40 + spec.block_size * 64 + (1 << spec.bits) * 40
 
 
-def _quantize_reference(
-    chunks: tuple[Tensor, ...], shape: tuple[int, int], spec: BlockSpec, config: SearchConfig
-) -> BlockTensor:
-    """The released code's codes and nested state of chunks f32 (n, B)."""
-    found = [reference_blocks(chunk, spec.codebook, config) for chunk in chunks]
-    codes, scale, tau = (torch.cat(part) for part in zip(*found, strict=True))
-    nested = (shape[0], shape[1] // spec.block_size)
+def _row_slices(shape: tuple[int, int], elements: int) -> Iterator[slice]:
+    """Cut a matrix into whole rows of at most ``elements`` elements, one row at least."""
+    step = max(1, elements // shape[1])
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _blocks(weight: Tensor, spec: BlockSpec, where: str) -> Tensor:
+    """Return rows ``(rows, in)`` as blocks f32 (n, B), after checking that they can be searched."""
+    blocks = weight.to(torch.float32).contiguous().view(-1, spec.block_size)
+    if not bool(blocks.abs().amax() <= _MAX_WEIGHT):
+        raise UnsupportedModel(
+            "not a quantisable weight",
+            where=where,
+            expected=f"finite values of magnitude at most {_MAX_WEIGHT:g}",
+            got=f"{int((~blocks.isfinite()).sum())} values that are not finite"
+            if not bool(blocks.isfinite().all())
+            else f"{float(blocks.abs().amax()):g}",
+        )
+    return blocks
+
+
+def _store_exact(scale: Tensor, tau: Tensor, spec: BlockSpec, shape: tuple[int, int]) -> BlockTensor:
+    """Store scales and offsets f32 (blocks,); the codes are still to be chosen."""
+    return store_scales(scale.view(shape[0], -1).numpy(), tau.view(shape[0], -1).numpy(), spec, shape)
+
+
+def _store_released(scale: Tensor, tau: Tensor, spec: BlockSpec, shape: tuple[int, int]) -> BlockTensor:
+    """The nested state of the released code for scales and offsets f32 (blocks,)."""
     index, absmax, offset = nested_scale(scale)
     parts: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
-        "codes": spec.codec.pack(codes.view(shape).cpu().numpy()),
-        "scale": index.reshape(nested),
+        "scale": index.reshape(shape[0], -1),
         "scale_absmax": absmax,
         "scale_offset": offset,
     }
     if spec.tau != "none":
         tau_index, tau_absmax = nested_tau(tau)
-        parts |= {"tau": tau_index.reshape(nested), "tau_absmax": tau_absmax}
+        parts |= {"tau": tau_index.reshape(shape[0], -1), "tau_absmax": tau_absmax}
     return BlockTensor(spec, shape, parts)
 
 
-def _measured(weight: Tensor, block: BlockTensor, before: int) -> QuantizedWeight:
-    """Add entropies and error of a stored tensor; ``before`` is in fixed point, summed over blocks."""
-    spec, (out, width) = block.spec, block.shape
-    codes, scale, tau = block.codes(), block.scale(), block.tau()
-    after, error, norm = 0, 0.0, 0.0
-    rows = max(1, (1 << 22) // width)
-    for start in range(0, out, rows):
-        part = slice(start, start + rows)
-        after += block_entropy(torch.from_numpy(codes[part].reshape(-1, spec.block_size)), spec.codebook)
-        w = weight[part].cpu().numpy().astype(np.float64)
-        decoded = spec.codec.decode(codes[part], scale[part], tau[part])
-        error += float(np.square(w - decoded).sum())
-        norm += float(np.square(w).sum())
-    unit = ENTROPY_UNIT * scale.size
-    return QuantizedWeight(block, before / unit, after / unit, error / norm if norm else 0.0)
+def _finish(block: BlockTensor, read: Callable[[slice], Tensor], *, choose_codes: bool) -> tuple[int, float]:
+    """Second pass: choose the codes against what was stored (in place), and measure.
+
+    Returns:
+        Entropy of the codes in fixed point, summed over blocks; relative squared error.
+    """
+    spec, codec = block.spec, block.spec.codec
+    packed, scale, tau = block.parts["codes"], block.scale(), block.tau()
+    entropy, error, norm = 0, 0.0, 0.0
+    for rows in _row_slices(block.shape, _MEASURED_ELEMENTS):
+        weight = read(rows).float().cpu().numpy()
+        if choose_codes:
+            packed[rows] = codec.pack(codec.encode(weight, scale[rows], tau[rows]))
+        codes = codec.unpack(packed[rows].view(np.uint8))
+        entropy += block_entropy(torch.from_numpy(codes.reshape(-1, spec.block_size)), spec.codebook)
+        exact = weight.astype(np.float64)
+        error += float(np.square(exact - codec.decode(codes, scale[rows], tau[rows])).sum())
+        norm += float(np.square(exact).sum())
+    return entropy, error / norm if norm else 0.0

@@ -18,7 +18,7 @@ from irq_formats.errors import OutputExists, PreflightRefused, UnsupportedModel,
 from irq_formats.safetensors_io import DTYPES, SafeTensors, TensorRef
 from numpy.typing import NDArray
 
-from irq_export.icq import SearchConfig, quantize_tensor
+from irq_export.icq import SearchConfig, quantize_rows
 from irq_export.quantize_plan import INT8, QuantizePlan, plan_quantization
 
 __all__ = ["QuantizeReport", "TensorReport", "quantize"]
@@ -232,10 +232,12 @@ def _quantize_one(
     if spec == INT8:
         block, rel_mse = _quantize_int8(source, ref)
     else:
-        weight = np.empty(ref.shape, np.float32)
-        for rows in _row_chunks(ref):
-            weight[rows] = _read_rows(source, ref, rows)
-        result = quantize_tensor(torch.from_numpy(weight).to(device), spec, search, where=ref.name)
+        shape = (ref.shape[0], ref.shape[1])
+
+        def read(rows: slice) -> torch.Tensor:
+            return torch.from_numpy(_read_rows(source, ref, rows)).to(device)
+
+        result = quantize_rows(read, shape, spec, search, where=ref.name)
         block, rel_mse = result.block, result.rel_mse
         before, after = result.entropy_before, result.entropy_after
     return block, TensorReport(name, block.shape, spec.codebook, before, after, rel_mse, block.nbytes)

@@ -19,7 +19,7 @@ from irq_formats.codecs import BlockCodec, block_codec
 from irq_formats.double_quant import decode_dq8, encode_dq8, group_count
 from irq_formats.errors import MalformedFile, UnsupportedModel
 
-__all__ = ["BlockSpec", "BlockTensor", "PartLayout", "encode", "encode_int8", "part_layout"]
+__all__ = ["BlockSpec", "BlockTensor", "PartLayout", "encode", "encode_int8", "part_layout", "store_scales"]
 
 F32 = NDArray[np.float32]
 #: dtype and shape of one stored array.
@@ -227,40 +227,33 @@ def _store(values: F32, storage: str, name: str) -> dict[str, NDArray[np.generic
     return parts
 
 
-def encode(weight: F32, scale: F32, tau: F32, spec: BlockSpec) -> BlockTensor:
-    """Store a scale and an offset per block, then choose the codes against what was stored.
+def store_scales(scale: F32, tau: F32, spec: BlockSpec, shape: tuple[int, int]) -> BlockTensor:
+    """Store a scale and an offset per block; the codes are still to be chosen (see :func:`encode`).
 
     A block whose scale is zero is constant (its value is its offset) and must decode exactly: where
     the storage asked for cannot hold such an offset (or, for nf2, a zero scale), it is promoted for
     this tensor, which the returned ``spec`` shows.
 
     Args:
-        weight: float32 ``(out, in)``, finite.
         scale: float32 ``(out, nb)``, finite, not negative.
         tau: float32 ``(out, nb)``, finite; ignored if ``spec.tau == "none"``.
         spec: Codebook and storage; not int8 (see :func:`encode_int8`).
+        shape: ``(out, in)`` of the matrix.
+
+    Returns:
+        A tensor that has every part but ``codes``.
 
     Raises:
         UnsupportedModel: Shapes do not divide into blocks, values are not finite, or a scale exceeds
             fp16 where fp16 is asked for.
     """
-    _check_shape(spec, weight.shape)
-    blocks = (weight.shape[0], weight.shape[1] // spec.block_size)
+    _check_shape(spec, shape)
+    blocks = (shape[0], shape[1] // spec.block_size)
     if spec.tau == "none":
         tau = np.zeros(blocks, np.float32)
-    for name, values, shape in (
-        ("weight", weight, weight.shape),
-        ("scale", scale, blocks),
-        ("tau", tau, blocks),
-    ):
-        if values.shape != shape or values.dtype != np.float32 or not np.isfinite(values).all():
-            raise UnsupportedModel(
-                f"{name} cannot be stored",
-                expected=f"finite float32 {shape}",
-                got=f"{values.dtype} {values.shape}" + ("" if np.isfinite(values).all() else ", not finite"),
-            )
+    _check_values("scale", scale, blocks)
+    _check_values("tau", tau, blocks)
     constant = scale == 0
-    shape = (weight.shape[0], weight.shape[1])
     while True:
         parts = _store(scale, spec.scale, "scale")
         if spec.tau != "none":
@@ -281,9 +274,37 @@ def encode(weight: F32, scale: F32, tau: F32, spec: BlockSpec) -> BlockTensor:
         ):
             spec = replace(spec, scale="f16")
         else:
-            break
-    codes = spec.codec.encode(weight, effective_scale, effective_tau)
-    return BlockTensor(spec, shape, {"codes": spec.codec.pack(codes), **parts})
+            return stored
+
+
+def encode(weight: F32, scale: F32, tau: F32, spec: BlockSpec) -> BlockTensor:
+    """Store a scale and an offset per block, then choose the codes against what was stored.
+
+    Args:
+        weight: float32 ``(out, in)``, finite.
+        scale: As for :func:`store_scales`, which may promote the storage.
+        tau: As for :func:`store_scales`.
+        spec: Codebook and storage; not int8 (see :func:`encode_int8`).
+
+    Raises:
+        UnsupportedModel: Shapes do not divide into blocks, values are not finite, or a scale exceeds
+            fp16 where fp16 is asked for.
+    """
+    _check_shape(spec, weight.shape)
+    _check_values("weight", weight, weight.shape)
+    stored = store_scales(scale, tau, spec, (weight.shape[0], weight.shape[1]))
+    codec = stored.spec.codec
+    codes = codec.pack(codec.encode(weight, stored.scale(), stored.tau()))
+    return replace(stored, parts={"codes": codes, **stored.parts})
+
+
+def _check_values(name: str, values: F32, shape: tuple[int, ...]) -> None:
+    if values.shape != shape or values.dtype != np.float32 or not np.isfinite(values).all():
+        raise UnsupportedModel(
+            f"{name} cannot be stored",
+            expected=f"finite float32 {shape}",
+            got=f"{values.dtype} {values.shape}" + ("" if np.isfinite(values).all() else ", not finite"),
+        )
 
 
 def encode_int8(weight: F32) -> BlockTensor:
