@@ -160,7 +160,9 @@ def _scores(
         token = tokens[i]
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
-            if pair[0] in known and pair[1] in known and pair not in merges:
+            # llama.cpp starts from single characters, whether they are tokens or not
+            joins = all(len(part) == 1 or part in known for part in pair)
+            if joins and pair not in merges:
                 raise _not_sentencepiece(where, f"{pair[0]!r} + {pair[1]!r} is no merge")
     return np.array([-first.get(token, 0) for token in tokens], np.float32)
 
