@@ -14,11 +14,11 @@ from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel
 from irq_formats.gguf import open_gguf
 from irq_formats.gguf.model_keys import read_model
 from irq_formats.safetensors_io import open_safetensors, open_sharded
+from malformed_corpus import CORPUS, Case, load_cases, open_case
+from tolerance import MALFORMED_MEMORY_BYTES, MALFORMED_SECONDS
 
 from scripts import malformed_gguf, malformed_model, malformed_safetensors, raw_gguf
 from scripts.make_vectors import write_malformed
-from tests.formats.malformed_corpus import CORPUS, Case, load_cases, open_case
-from tests.tolerance import MALFORMED_MEMORY_BYTES, MALFORMED_SECONDS
 
 CASES = load_cases()
 
@@ -75,7 +75,7 @@ def test_what_the_cases_start_from_is_sound(tmp_path: Path) -> None:
 CHILD = """
 import resource, sys
 from irq_formats.errors import IrqError
-from tests.formats.malformed_corpus import load_cases, open_case
+from malformed_corpus import load_cases, open_case
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -94,7 +94,7 @@ def test_whole_corpus_under_a_memory_limit_of_the_kernel(repo: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(MALFORMED_MEMORY_BYTES)],
-        cwd=repo,
+        cwd=repo / "tests",
         capture_output=True,
         text=True,
         timeout=60,

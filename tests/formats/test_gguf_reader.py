@@ -10,12 +10,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_strategies import ARCHITECTURE, source
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.gguf import F32, STR, GgmlType, TensorSource, ValueType, open_gguf, write_gguf
+from tolerance import HEADER_SECONDS
 
 from scripts import raw_gguf
-from tests.formats.gguf_strategies import ARCHITECTURE, source
-from tests.tolerance import HEADER_SECONDS
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_strategies import ARCHITECTURE, metadata, rewrite, same_value, source, sources
 from hypothesis import HealthCheck, given, settings
 from irq_formats.errors import IrqError, OutputExists, UsageError
 from irq_formats.gguf import (
@@ -31,8 +32,6 @@ from irq_formats.gguf import (
     open_gguf,
     write_gguf,
 )
-
-from tests.formats.gguf_strategies import ARCHITECTURE, metadata, rewrite, same_value, source, sources
 
 on_disk = settings(
     max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None

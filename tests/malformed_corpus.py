@@ -11,7 +11,7 @@ from irq_formats.gguf.irq_check import check_irq
 from irq_formats.gguf.model_keys import read_model
 from irq_formats.safetensors_io import open_safetensors, open_sharded
 
-CORPUS = Path(__file__).resolve().parents[2] / "formats" / "vectors" / "malformed"
+CORPUS = Path(__file__).resolve().parents[1] / "formats" / "vectors" / "malformed"
 
 
 @dataclass(frozen=True)
