@@ -133,7 +133,7 @@ def load_tokenizer(gguf: GgufFile) -> Tokenizer:
             "the file carries no Hugging Face tokenizer",
             where=where,
             expected="the key tokenizer.huggingface.json",
-            hint="Export it with irq-export, or add the key with gguf-new-metadata",
+            hint="Export the model with irq-export, which stores it",
         )
     try:
         model = tokenizers.Tokenizer.from_str(fields.string("tokenizer.huggingface.json"))
