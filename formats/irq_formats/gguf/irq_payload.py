@@ -336,19 +336,14 @@ def payload_names(gguf: GgufFile) -> set[str]:
     Raises:
         MalformedFile: See :func:`block_table` and :func:`read_adapter`.
     """
-    names = (
-        {
-            f"{entry.name}.{part}"
-            for entry in block_table(gguf).values()
-            for part in part_layout(entry.spec, entry.shape)
-        }
-        if "irq.blocks.name" in gguf.metadata
-        else set()
-    )
-    fields = Fields(gguf.metadata, str(gguf.path))
+    names: set[str] = set()
+    if "irq.blocks.name" in gguf.metadata:
+        for entry in block_table(gguf).values():
+            names |= {f"{entry.name}.{part}" for part in part_layout(entry.spec, entry.shape)}
     if "irq.adapter.name" in gguf.metadata:
+        fields = Fields(gguf.metadata, str(gguf.path))
         iec = fields.array("irq.adapter.iec", "b")
         for name, has_beta in zip(fields.strings("irq.adapter.name"), iec, strict=False):
-            names |= {f"{name}.lora_a", f"{name}.lora_b"}
-            names |= {f"{name}.lora_beta"} if has_beta else set()
+            parts = ("lora_a", "lora_b", "lora_beta") if has_beta else ("lora_a", "lora_b")
+            names |= {f"{name}.{part}" for part in parts}
     return names
