@@ -27,25 +27,11 @@ _MIN_INFO_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, dims count, dim, t
 _COUNT = struct.Struct("<Q")
 _ENUM = struct.Struct("<I")
 _HEAD = struct.Struct("<4sIQQ")
+# by ValueType; "x" marks strings and arrays, which are no scalars
 _SCALARS = {
     kind: struct.Struct("<" + code)
-    for kind, code in zip(
-        (
-            ValueType.U8,
-            ValueType.I8,
-            ValueType.U16,
-            ValueType.I16,
-            ValueType.U32,
-            ValueType.I32,
-            ValueType.F32,
-            ValueType.BOOL,
-            ValueType.U64,
-            ValueType.I64,
-            ValueType.F64,
-        ),
-        "BbHhIifBQqd",
-        strict=True,
-    )
+    for kind, code in zip(ValueType, "BbHhIifBxxQqd", strict=True)
+    if code != "x"
 }
 
 
@@ -200,11 +186,10 @@ def _parse_values(cursor: _Cursor, count: int) -> dict[str, GgufValue]:
         if key in values:
             cursor.fail("duplicate key", got=key)
         kind = cursor.value_type(key)
-        values[key] = (
-            _parse_array(cursor, key)
-            if kind is ValueType.ARRAY
-            else GgufValue(kind, _parse_scalar(cursor, kind, key))
-        )
+        if kind is ValueType.ARRAY:
+            values[key] = _parse_array(cursor, key)
+        else:
+            values[key] = GgufValue(kind, _parse_scalar(cursor, kind, key))
     return values
 
 
