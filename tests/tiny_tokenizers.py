@@ -13,7 +13,7 @@ VOCAB_SIZE = 384  # more than any of them has: the rest becomes [PADn]
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 TEXT = [
     "The quick brown fox jumps over the lazy dog; it's 12345 times quicker than the 678 dogs, isn't it?",
-    "I'VE SEEN 3.14159 THINGS YOU WOULDN'T BELIEVE!\n\nAttack ships on fire:   off the shoulder\r\n of Orion.",
+    "I'VE SEEN 3.14159 THINGS YOU WOULDN'T BELIEVE!\n\nAttack ships on fire:   off the shoulder\r\n of it.",
     "Größe, café, naïve, 東京, дом; x += y[i] * (z - 1);\t# a comment   \n",
 ] * 4
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,7 +52,9 @@ def _byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer, ignore_merges: bool)
 def _sentencepiece() -> Tokenizer:
     """BPE with byte fallback, with every split of every piece as a merge, as converted from SentencePiece."""
     pieces = ["▁t", "he", "▁the", "in", "er", "▁a", "▁o", "on", "qu", "▁qu", "ic", "ick", "▁quick", "the"]
-    letters = sorted({letter for line in TEXT for letter in line.replace(" ", "▁") if letter.isascii()} | {"▁"})
+    letters = sorted(
+        {letter for line in TEXT for letter in line.replace(" ", "▁") if letter.isascii()} | {"▁"}
+    )
     tokens = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *letters]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     merges = [
