@@ -162,6 +162,7 @@ def quantize(
     started = time.monotonic()
     spec = BlockSpec(codebook, block_size, scale, tau, scale_rounding)
     search = SearchConfig(icq=icq, objective=objective, tie=tie, refine=refine, numerics=numerics)
+    where = _device(device)
     plan = plan_quantization(model_dir, spec, embedding=embedding, include=include, exclude=exclude)
     output = Path(output_dir)
     _preflight(plan, output, overwrite)
@@ -173,9 +174,7 @@ def quantize(
             if tensor.spec is None:
                 writer.add_plain(tensor.ref, partial(_read_finite, plan.source, tensor.ref))
                 continue
-            block, report = _quantize_one(
-                tensor.module, tensor.spec, tensor.ref, plan.source, search, torch.device(device)
-            )
+            block, report = _quantize_one(tensor.module, tensor.spec, tensor.ref, plan.source, search, where)
             writer.add_block(tensor.module, block)
             reports.append(report)
         for companion in _companions(plan.path):
@@ -189,6 +188,16 @@ def quantize(
         output_bytes=sum(path.stat().st_size for path in output.glob("*.safetensors")),
         seconds=time.monotonic() - started,
     )
+
+
+def _device(name: str) -> torch.device:
+    """Return a device that is there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UsageError("no such device", got=name, hint="Search on the CPU with --device cpu") from error
+    return device
 
 
 def _preflight(plan: QuantizePlan, output: Path, overwrite: bool) -> None:

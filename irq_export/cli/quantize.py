@@ -51,7 +51,8 @@ __all__ = ["command"]
     type=click.Choice(["exact", "reference"]),
     default="exact",
     show_default=True,
-    help="reference: the released code's arithmetic, bit for bit (needs --tie first --refine none).",
+    help="reference: the released code's arithmetic, bit for bit (with --tie first --refine none and "
+    "--scale-rounding none).",
 )
 @click.option(
     "--scale",

@@ -267,7 +267,11 @@ def test_command_line(source: Path, tmp_path: Path, result: QuantizeReport) -> N
     assert document["quantize"]["base_hash"] == result.base_hash
     assert len(document["quantize"]["tensors"]) == 14
     assert run(source, "-o", tmp_path / "o").exit_code == 6
-    assert "4 bits" not in run(source, "-o", tmp_path / "o", "--force", "--include", Q).stdout
+    again = run(source, "-o", tmp_path / "o", "--force", "--include", Q)
+    assert again.exit_code == 0
+    assert "nf4: 1 tensors" in again.stdout
+    assert "not quantised: lm_head" not in again.stdout
+    assert run(source, "-o", tmp_path / "p", "--device", "abacus").exit_code == 2
     assert run(tmp_path / "none", "-o", tmp_path / "p").exit_code == 2
     assert run(source, "-o", tmp_path / "p", "--numerics", "reference").exit_code == 2
     assert run(source).exit_code == 2

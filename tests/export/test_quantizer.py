@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 import torch
 from irq_formats.blocks import BlockSpec, BlockTensor
 from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import MalformedFile
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from irq_formats.errors import MalformedFile, UnsupportedModel
+from tiny_checkpoints import random_block_tensor, write_tiny_checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from irq_export.block_modules import BlockModule, IrqEmbedding, IrqLinear
+from irq_export.iec import attach, random_adapter
 from irq_export.quantizer import load_model
-from tiny_checkpoints import random_block_tensor, write_tiny_checkpoint
 
 SPECS = [
     BlockSpec(codebook, block_size, scale, tau, rounding)
@@ -158,6 +160,28 @@ def test_load_model_needs_no_import_of_the_quantizer(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(tmp_path / "c")], capture_output=True, text=True, check=True
     )
     assert run.stdout == "LlamaForCausalLM\n"
+
+
+def test_the_configuration_survives(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "c")
+    config = json.loads(load_model(tmp_path / "c").config.to_json_string())
+    assert config["quantization_config"] == open_checkpoint(tmp_path / "c").config["quantization_config"]
+
+
+def test_an_adapter_trains_on_top(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "c", embedding=True, tied=True)
+    model = load_model(tmp_path / "c")
+    assert len(attach(model, random_adapter(model))) == 14
+    model(TOKENS).logits.square().mean().backward()
+    first = model.model.layers[0].self_attn.q_proj
+    assert first.lora_a.grad.abs().max() > 0
+    assert isinstance(first.base, IrqLinear)
+
+
+def test_only_the_causal_language_model_is_opened(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "c")
+    with pytest.raises(UnsupportedModel, match="AutoModelForCausalLM"):
+        AutoModel.from_pretrained(tmp_path / "c")
 
 
 def test_load_model_checks_first(tmp_path: Path) -> None:
