@@ -119,7 +119,7 @@ class _Book(NamedTuple):
     midpoints: Tensor
     table: Tensor
     zero_code: int
-    half_range: float | None  # (2**k - 1) / 2 of int-k
+    half_range: Tensor | None  # (2**k - 1) / 2 of int-k; a tensor, since CUDA multiplies by 1 / scalar
 
 
 def _book(name: str, block_size: int, device: torch.device) -> _Book:
@@ -131,7 +131,7 @@ def _book(name: str, block_size: int, device: torch.device) -> _Book:
         torch.tensor(book.midpoints, device=device),
         torch.tensor(table, device=device),
         book.zero_code,
-        (2**book.bits - 1) / 2 if book.affine else None,
+        torch.tensor((2**book.bits - 1) / 2, device=device) if book.affine else None,
     )
 
 
@@ -159,15 +159,17 @@ def _candidate_pair(low: Tensor, high: Tensor, t: Tensor, book: _Book) -> tuple[
     return d, t + d / 2
 
 
-def _entropy(ordered: Tensor, scale: Tensor, tau: Tensor, book: _Book) -> Tensor:
-    """Fixed-point entropy int64 (n,) of the codes of sorted blocks f32 (n, B)."""
-    thresholds = scale[:, None] * book.midpoints + tau[:, None]  # (n, 2**k - 1), ascending
-    below = torch.searchsorted(ordered, thresholds, right=True, out_int32=True)  # weights not above
-    edges = torch.nn.functional.pad(below, (1, 1))
-    edges[:, -1] = ordered.shape[1]
-    counts = edges.diff(dim=1)
-    entropy = book.table.index_select(0, counts.reshape(-1)).view(counts.shape).sum(dim=1)
-    return entropy.masked_fill_(scale == 0, 0)
+def _entropy(ordered: Tensor, scales: Tensor, taus: Tensor, book: _Book) -> Tensor:
+    """Fixed-point entropy int64 (n, g) of the codes of sorted blocks f32 (n, B) at pairs f32 (n, g)."""
+    thresholds = scales[..., None] * book.midpoints + taus[..., None]  # (n, g, 2**k - 1), ascending
+    below = torch.searchsorted(
+        ordered, thresholds.flatten(1), right=True, out_int32=True
+    )  # weights not above
+    edges = torch.nn.functional.pad(below.view(thresholds.shape), (1, 1))
+    edges[..., -1] = ordered.shape[1]
+    counts = edges.diff(dim=-1)
+    entropy = book.table.index_select(0, counts.reshape(-1)).view(counts.shape).sum(dim=-1)
+    return entropy.masked_fill_(scales == 0, 0)
 
 
 def _codes(blocks: Tensor, scale: Tensor, tau: Tensor, book: _Book) -> Tensor:
@@ -214,8 +216,9 @@ def _search(blocks: Tensor, config: SearchConfig, book: _Book, pairs_at_once: in
     t = reach[:, None] * factors + median[:, None]  # (n, candidates)
     scales, taus = _candidate_pair(low[:, None], high[:, None], t, book)
     if config.objective == "entropy":
-        columns = (_entropy(ordered, s, o, book) for s, o in zip(scales.T, taus.T, strict=True))
-        entropy = torch.stack(list(columns), dim=1)
+        columns = max(1, pairs_at_once // len(blocks))
+        steps = zip(*(torch.split(x, columns, dim=1) for x in (scales, taus)), strict=True)
+        entropy = torch.cat([_entropy(ordered, s, o, book) for s, o in steps], dim=1)
         allowed = entropy == entropy.amax(dim=1, keepdim=True)
     else:
         allowed = torch.ones_like(t, dtype=torch.bool)
@@ -253,7 +256,7 @@ def search_blocks(
         codebook: Name of the codebook.
         config: What to search for; ``numerics`` is not read.
         with_tau: Whether the file will hold an offset.
-        pairs_at_once: Bound on (block, candidate) pairs whose error is computed together (memory).
+        pairs_at_once: Bound on (block, candidate) pairs evaluated together (memory).
 
     Returns:
         scale float32 ``(n,)``, not negative, and tau float32 ``(n,)``.
@@ -269,7 +272,8 @@ def search_blocks(
 def plain_entropy(blocks: Tensor, codebook: str) -> int:
     """Sum over blocks f32 (n, B) of the entropy of the plain codes (step 3 without a search), fixed point."""
     book = _book(codebook, blocks.shape[1], blocks.device)
-    return int(_entropy(blocks.sort(dim=1).values, *_plain_pair(blocks, book), book).sum())
+    scale, tau = _plain_pair(blocks, book)
+    return int(_entropy(blocks.sort(dim=1).values, scale[:, None], tau[:, None], book).sum())
 
 
 def block_entropy(codes: Tensor, codebook: str) -> int:
