@@ -44,9 +44,10 @@ Of an adapted matrix (block-quantised or not)::
 
 Everything else is a stock tensor under its stock name, in F32, F16 or BF16.
 
-Beyond :meth:`BlockTensor.validate`, effective scales must be finite and not negative, effective
-offsets finite, and a dq8 group whose absmax is 0 may hold nothing but the index of 0 (one encoding per
-value). Every violation is a :class:`MalformedFile`.
+Beyond :meth:`BlockTensor.validate`, effective scales must be finite and, unless scale_rounding is none
+(states imported from bitsandbytes), not negative; effective offsets must be finite; and a dq8 group whose
+absmax is 0 may hold nothing but the index of 0 (one encoding per value). Every violation is a
+:class:`MalformedFile`.
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ def load_block(gguf: GgufFile, entry: BlockEntry) -> BlockTensor:
             _check_zero_groups(parts[part], parts[f"{part}_absmax"], f"{where}.{part}")
     with np.errstate(over="ignore"):
         scale, tau = tensor.scale(), tensor.tau()
-    if not np.isfinite(scale).all() or (scale < 0).any():
+    if not np.isfinite(scale).all() or (entry.spec.scale_rounding != "none" and (scale < 0).any()):
         raise MalformedFile("a block scale is negative or not finite", where=where)
     if not np.isfinite(tau).all():
         raise MalformedFile("a block offset is not finite", where=where)
