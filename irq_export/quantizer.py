@@ -92,7 +92,7 @@ class IrqQuantizer(HfQuantizer):
         """``save_pretrained`` would write no manifest: the checkpoint directory itself is the model."""
         _logger.warning(
             "An IR-QLoRA model is not saved with save_pretrained: copy its checkpoint directory, and save "
-            "the adapter alone (irq_formats.adapter.write_peft_adapter)."
+            "the adapter alone (irq_formats.peft_adapter.write_peft_adapter)."
         )
         return False
 
