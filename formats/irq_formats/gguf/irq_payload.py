@@ -44,9 +44,9 @@ Of an adapted matrix (block-quantised or not)::
 
 Everything else is a stock tensor under its stock name, in F32, F16 or BF16.
 
-Beyond :meth:`BlockTensor.validate`, effective scales must be finite and, unless scale_rounding is none
-(states imported from bitsandbytes), not negative; effective offsets must be finite; and a dq8 group whose
-absmax is 0 may hold nothing but the index of 0 (one encoding per value). Every violation is a
+Beyond :meth:`BlockTensor.validate`, effective scales and offsets must be finite. Unless scale_rounding is
+none (states moved from bitsandbytes or the released code), scales must not be negative, and a dq8 group
+whose absmax is 0 may hold nothing but the index of 0 (one encoding per value). Every violation is a
 :class:`MalformedFile`.
 """
 
@@ -254,12 +254,13 @@ def load_block(gguf: GgufFile, entry: BlockEntry) -> BlockTensor:
     tensor = BlockTensor(entry.spec, entry.shape, parts)
     where = f"{gguf.path}: {entry.name}"
     tensor.validate(where)
+    ours = entry.spec.scale_rounding != "none"  # bitsandbytes and the released code know no such rules
     for part in ("scale", "tau"):
-        if f"{part}_absmax" in parts:
+        if ours and f"{part}_absmax" in parts:
             _check_zero_groups(parts[part], parts[f"{part}_absmax"], f"{where}.{part}")
     with np.errstate(over="ignore"):
         scale, tau = tensor.scale(), tensor.tau()
-    if not np.isfinite(scale).all() or (entry.spec.scale_rounding != "none" and (scale < 0).any()):
+    if not np.isfinite(scale).all() or (ours and (scale < 0).any()):
         raise MalformedFile("a block scale is negative or not finite", where=where)
     if not np.isfinite(tau).all():
         raise MalformedFile("a block offset is not finite", where=where)
