@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from irq_formats.adapter import Adapter, LoraLayer, fold, fold_adapter_layers, tau_extra_rank
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import UsageError, WrongBase
 from irq_formats.gguf.irq_check import check_adapter_fits
 from irq_formats.names import hf_to_gguf
 from irq_formats.peft_adapter import read_peft_adapter
-from numpy.typing import NDArray
 
 __all__ = ["NO_ADAPTER", "export_adapter", "lora_pair"]
 

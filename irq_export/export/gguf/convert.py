@@ -8,13 +8,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from irq_formats.adapter import Adapter
-from irq_formats.atomic import atomic_dir, atomic_file
-from irq_formats.checkpoint import Checkpoint, open_checkpoint
-from irq_formats.errors import ParityFailed, UsageError
-from irq_formats.gguf import GgufValue, write_gguf
-from irq_formats.manifest import write_manifest
-
 from irq_export.export.gguf.adapters import NO_ADAPTER, export_adapter
 from irq_export.export.gguf.irq_profile import irq_files
 from irq_export.export.gguf.merged import merged_tensors
@@ -31,6 +24,12 @@ from irq_export.export.gguf.stock_profile import (
 )
 from irq_export.export.gguf.tensors import adapter_origins, source_tensors
 from irq_export.export.gguf.tokenizer import read_tokenizer
+from irq_formats.adapter import Adapter
+from irq_formats.atomic import atomic_dir, atomic_file
+from irq_formats.checkpoint import Checkpoint, open_checkpoint
+from irq_formats.errors import ParityFailed, UsageError
+from irq_formats.gguf import GgufValue, write_gguf
+from irq_formats.manifest import write_manifest
 
 __all__ = ["ExportResult", "OutputFile", "plan_gguf", "to_gguf"]
 

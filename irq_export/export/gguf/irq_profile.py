@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from irq_export.export.gguf.plan import PlannedFile
+from irq_export.export.gguf.tensors import Array, ExportTensor, adapter_origins, float_tensor
 from irq_formats.adapter import Adapter
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.gguf import GgufValue
@@ -22,9 +24,6 @@ from irq_formats.gguf.irq_writer import (
     model_header,
 )
 from irq_formats.names import hf_to_gguf
-
-from irq_export.export.gguf.plan import PlannedFile
-from irq_export.export.gguf.tensors import Array, ExportTensor, adapter_origins, float_tensor
 
 __all__ = ["irq_files"]
 

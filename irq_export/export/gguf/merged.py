@@ -6,13 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-from irq_formats.adapter import Adapter, LoraLayer, fold
-from irq_formats.checkpoint import Checkpoint, hf_tensor_shapes
-from irq_formats.errors import UnsupportedModel
-from irq_formats.gguf import GgmlType, TensorSource
-from irq_formats.gguf.repack import repack
-from irq_formats.gguf.stock_blocks import BF16, dequantize
-from irq_formats.names import hf_to_gguf
 from numpy.typing import NDArray
 
 from irq_export.export.gguf.tensors import (
@@ -23,6 +16,13 @@ from irq_export.export.gguf.tensors import (
     float_tensor,
     row_order,
 )
+from irq_formats.adapter import Adapter, LoraLayer, fold
+from irq_formats.checkpoint import Checkpoint, hf_tensor_shapes
+from irq_formats.errors import UnsupportedModel
+from irq_formats.gguf import GgmlType, TensorSource
+from irq_formats.gguf.repack import repack
+from irq_formats.gguf.stock_blocks import BF16, dequantize
+from irq_formats.names import hf_to_gguf
 
 __all__ = ["merged_matrix", "merged_tensors", "round_once"]
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from irq_export.export.gguf.tensors import ExportTensor
 from irq_formats.errors import IrqError, OutputExists, PreflightRefused, UsageError
 from irq_formats.gguf import GgufValue, file_bytes
-
-from irq_export.export.gguf.tensors import ExportTensor
 
 __all__ = ["Plan", "PlannedFile", "check_complete", "preflight", "skip_lines"]
 

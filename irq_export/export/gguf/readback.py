@@ -10,6 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+from irq_export.export.gguf.adapters import lora_pair
+from irq_export.export.gguf.plan import Plan, PlannedFile
+from irq_export.export.gguf.stock_profile import ADAPTER_NAME, BASE_NAME
+from irq_export.export.gguf.tensors import Array, is_interleaved, row_order
 from irq_formats.adapter import Adapter, delta_weight
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import ParityFailed
@@ -18,14 +24,8 @@ from irq_formats.gguf.irq_check import check_irq
 from irq_formats.gguf.irq_payload import check_header, read_adapter, read_blocks
 from irq_formats.gguf.repack import uninterleave_heads, unpack_codes
 from irq_formats.names import hf_to_gguf
-from numpy.typing import NDArray
 
-from irq_export.export.gguf.adapters import lora_pair
-from irq_export.export.gguf.plan import Plan, PlannedFile
-from irq_export.export.gguf.stock_profile import ADAPTER_NAME, BASE_NAME
-from irq_export.export.gguf.tensors import Array, is_interleaved, row_order
-
-__all__ = ["ReadBack", "read_back"]
+__all__ = ["ReadBack", "compare_files", "read_back"]
 
 #: Half a unit in the last place, relative to the value, of every merge type; and the smallest step.
 _HALF_ULP = {
@@ -94,13 +94,37 @@ def read_back(plan: Plan, checkpoint: Checkpoint, adapter: Adapter) -> ReadBack:
     files = {file.name: open_gguf(plan.path(file)) for file in plan.files}
     for file in plan.files:
         _same_metadata(files[file.name], file)
+    if plan.profile == "stock":
+        model, extra = files[BASE_NAME], files.get(ADAPTER_NAME)
+    else:  # a separate adapter is planned before the model
+        *separate, model = files.values()
+        extra = separate[0] if separate else None
+    return compare_files(plan.profile, model, extra, checkpoint, adapter)
+
+
+def compare_files(
+    profile: str, model: GgufFile, extra: GgufFile | None, checkpoint: Checkpoint, adapter: Adapter
+) -> ReadBack:
+    """Compare every array of an export with the checkpoint.
+
+    Args:
+        profile: ``irq``, ``stock`` or ``merge``.
+        model: The model file; of a pair, the base.
+        extra: The adapter file beside it, if there is one.
+        checkpoint: The source.
+        adapter: The adapter as exported (folded if it was folded).
+
+    Raises:
+        ParityFailed: Anything differs, or is missing.
+        MalformedFile: A file breaks its specification.
+    """
     comparison = _Comparison()
-    if plan.profile == "irq":
-        _compare_irq(files, checkpoint, adapter, comparison)
-    elif plan.profile == "stock":
-        _compare_pair(files[BASE_NAME], files.get(ADAPTER_NAME), checkpoint, adapter, comparison)
+    if profile == "irq":
+        _compare_irq(model, extra, checkpoint, adapter, comparison)
+    elif profile == "stock":
+        _compare_pair(model, extra, checkpoint, adapter, comparison)
     else:
-        _compare_merged(files[plan.files[0].name], checkpoint, adapter, comparison)
+        _compare_merged(model, checkpoint, adapter, comparison)
     return comparison.result()
 
 
@@ -116,21 +140,27 @@ def _same_metadata(gguf: GgufFile, planned: PlannedFile) -> None:
 
 
 def _compare_irq(
-    files: dict[str, GgufFile], checkpoint: Checkpoint, adapter: Adapter, comparison: _Comparison
+    model: GgufFile,
+    separate: GgufFile | None,
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    comparison: _Comparison,
 ) -> None:
-    *separate, model = files.values()
     check_irq(model)
-    for name, load in read_blocks(model).items():
-        module = next(module for module in checkpoint.blocks if hf_to_gguf(module) == name)
-        expected = checkpoint.block_tensor(module)
+    blocks = read_blocks(model)
+    modules = {hf_to_gguf(module): module for module in checkpoint.blocks}
+    if set(blocks) != set(modules):
+        raise ParityFailed("the file has other quantised matrices", where=model.path)
+    for name, load in blocks.items():
+        expected = checkpoint.block_tensor(modules[name])
         for part, array in load().parts.items():
             comparison.same(array, expected.parts[part], f"{name}.{part}")
     for hf_name in checkpoint.plain:
         name = hf_to_gguf(hf_name)
         comparison.same(model.read(name), checkpoint.plain_raw(hf_name), name)
-    source = separate[0] if separate else model
-    if separate:
-        check_header(source, "adapter")
+    source = separate or model
+    if separate is not None:
+        check_header(separate, "adapter")
     layers = read_adapter(source)
     if set(layers) != {hf_to_gguf(module) for module in adapter.layers}:
         raise ParityFailed("the written adapter has other layers", where=source.path)

@@ -8,15 +8,6 @@ our runtimes need to find the codes again travels in ``irq.stock.*`` keys, which
 from __future__ import annotations
 
 import numpy as np
-from irq_formats.adapter import Adapter
-from irq_formats.checkpoint import Checkpoint, hf_tensor_shapes
-from irq_formats.errors import UnsupportedModel
-from irq_formats.gguf import F32, STR, U32, GgmlType, GgufValue, TensorSource
-from irq_formats.gguf.model_keys import model_metadata
-from irq_formats.gguf.repack import NF_TABLES, carrier, repack
-from irq_formats.model import ModelConfig
-from irq_formats.names import hf_to_gguf, linear_names
-from irq_formats.rope import rope_factors
 
 from irq_export.export.gguf.adapters import NO_ADAPTER, lora_pair
 from irq_export.export.gguf.merged import merged_matrix
@@ -30,6 +21,15 @@ from irq_export.export.gguf.tensors import (
     read_tau,
     row_order,
 )
+from irq_formats.adapter import Adapter
+from irq_formats.checkpoint import Checkpoint, hf_tensor_shapes
+from irq_formats.errors import UnsupportedModel
+from irq_formats.gguf import F32, STR, U32, GgmlType, GgufValue, TensorSource
+from irq_formats.gguf.model_keys import model_metadata
+from irq_formats.gguf.repack import NF_TABLES, carrier, repack
+from irq_formats.model import ModelConfig
+from irq_formats.names import hf_to_gguf, linear_names
+from irq_formats.rope import rope_factors
 
 __all__ = [
     "ADAPTER_NAME",

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
+
 from irq_formats.adapter import Adapter
 from irq_formats.blocks import BlockTensor, part_layout
 from irq_formats.checkpoint import Checkpoint
@@ -19,7 +21,6 @@ from irq_formats.gguf import GgmlType, TensorSource
 from irq_formats.gguf.repack import interleave_heads
 from irq_formats.model import ModelConfig
 from irq_formats.names import hf_to_gguf
-from numpy.typing import NDArray
 
 __all__ = [
     "Array",

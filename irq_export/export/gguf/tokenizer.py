@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
+from irq_export.export.gguf.special_tokens import read_json, special_ids
+from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from irq_formats.errors import UnsupportedModel
 from irq_formats.files import open_fixed
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
 from irq_formats.strict_json import parse_object
-
-from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
-from irq_export.export.gguf.special_tokens import read_json, special_ids
-from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
 
 __all__ = ["TokenizerMetadata", "read_tokenizer"]
 
@@ -102,15 +101,20 @@ def _vocabulary_values(
 def _added_values(
     tokenizer: Mapping[str, object], special: Mapping[str, int], path: Path
 ) -> dict[str, GgufValue]:
-    """Say which tokens the post-processor puts around a text: llama.cpp knows BOS before and EOS after."""
+    """Say which tokens the post-processor puts around a text: llama.cpp knows BOS before and EOS after.
+
+    A token that is added but not declared as BOS or EOS becomes it.
+    """
     values = {}
     for kind, added in zip(("bos", "eos"), _template_ids(tokenizer), strict=True):
-        expected = special.get(f"{kind}_token_id")
-        if added and added != [expected]:
+        key = f"{kind}_token_id"
+        if added and key not in special:
+            values[f"tokenizer.ggml.{key}"] = U32(added[0])
+        if added and added != [special.get(key, added[0])]:
             raise UnsupportedModel(
                 f"the tokenizer adds tokens that are not its {kind} token",
                 where=f"{path}: post_processor",
-                expected=[expected],
+                expected=[special.get(key)],
                 got=added,
             )
         values[f"tokenizer.ggml.add_{kind}_token"] = BOOL(bool(added))

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-from irq_formats.errors import MalformedFile, UnsupportedModel
 from numpy.typing import NDArray
+
+from irq_formats.errors import MalformedFile, UnsupportedModel
 
 __all__ = ["TokenType", "Vocabulary", "read_vocabulary"]
 

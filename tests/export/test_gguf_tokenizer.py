@@ -1,0 +1,228 @@
+"""The tokenizer in a stock file: llama.cpp must cut text exactly where Hugging Face does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tiny_checkpoints import write_tiny_checkpoint
+from tiny_tokenizers import PRE_TOKENIZERS, TEXT, VOCAB_SIZE, save_tiny_tokenizer
+
+from irq_export.export.gguf import to_gguf
+from irq_export.export.gguf.modelfile import modelfile
+from irq_export.export.gguf.tokenizer import read_tokenizer
+from irq_export.export.gguf.vocabulary import TokenType
+from irq_export.parity.llamacpp import LlamaCpp
+from irq_formats.blocks import BlockSpec
+from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.gguf import open_gguf
+from irq_runtime.tokenizer import load_tokenizer
+
+LINES = [
+    *TEXT[:3],
+    "the quick 1234567 brown's",
+    "  the  quickest\n\n x  ",
+    "naïve 東京!!! 2024-01-01",
+    "WE'LL see what I'd do\r\n\r\n\tthen…",
+    "🙂 emoji, e\u0301 combining, ​zero width",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "a",
+    " ",
+]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _stock_tokens(tmp_path: Path, tokenizer_dir: Path, vocab_size: int, lines: list[str]) -> list[list[int]]:
+    """Export a tiny model with the tokenizer of a directory; return what llama.cpp makes of the lines."""
+    checkpoint = tmp_path / "checkpoint"
+    write_tiny_checkpoint(
+        checkpoint, BlockSpec("int4"), embedding=True, tied=True, vocab_size=vocab_size, num_hidden_layers=1
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer_dir / name, checkpoint / name)
+    to_gguf(checkpoint, tmp_path / "pair", profile="stock")
+    base, adapter = (tmp_path / "pair" / name for name in ("base.gguf", "adapter.gguf"))
+    verbatim = open_gguf(base).metadata["tokenizer.huggingface.json"]
+    assert verbatim == (tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8")
+    with LlamaCpp(base, adapter, threads=1, ctx=64) as model:
+        return [list(model.tokenize(line)) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bos"),
+    [
+        *((kind, True) for kind in [*PRE_TOKENIZERS, "sentencepiece"]),
+        ("smollm", False),
+        ("sentencepiece", False),
+    ],
+)
+def test_llama_cpp_tokenizes_alike(tmp_path, kind, bos):
+    trained = save_tiny_tokenizer(tmp_path, kind, bos=bos)
+    expected = [trained.encode(line).ids for line in LINES]
+    assert _stock_tokens(tmp_path, tmp_path, VOCAB_SIZE, LINES) == expected
+    values = open_gguf(tmp_path / "pair" / "base.gguf").metadata
+    assert values["tokenizer.ggml.pre"] == ("default" if kind == "sentencepiece" else kind)
+    assert values["tokenizer.ggml.add_bos_token"] is bos
+    ours = load_tokenizer(open_gguf(tmp_path / "pair" / "base.gguf"))
+    assert [ours.encode(line) for line in LINES] == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "vocab_size"), [("stories260k-fp32/hf", 512), ("smollm2-135m-instruct", 49152)]
+)
+def test_llama_cpp_tokenizes_real_text_alike(tmp_path, shared_data, model, vocab_size):
+    directory = shared_data / "models" / model
+    trained = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    text = (shared_data / "text" / "tinystories_sample.txt").read_text(encoding="utf-8")
+    lines = [*LINES, *text.splitlines()[:100]]
+    lines = [line for line in lines if line]
+    assert len(lines) > len(LINES) + 40
+    assert _stock_tokens(tmp_path, directory, vocab_size, lines) == [
+        trained.encode(line).ids for line in lines
+    ]
+
+
+def test_the_demo_model_tokenizes_alike(tmp_path, repo):
+    directory = repo / "irq_export" / "demo_model"
+    vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
+    trained = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    assert _stock_tokens(tmp_path, directory, vocab_size, LINES) == [
+        trained.encode(line).ids for line in LINES
+    ]
+
+
+def test_scores_rank_pieces_as_sentencepiece_does(shared_data):
+    """stories260K has both files: the scores made from merges order pieces as tokenizer.model does."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    directory = shared_data / "models" / "stories260k-fp32" / "hf"
+    original = sentencepiece.SentencePieceProcessor(str(directory / "tokenizer.model"))
+    values = read_tokenizer(directory, 512, stock=True).values
+    scores, types = (values[f"tokenizer.ggml.{key}"].value for key in ("scores", "token_type"))
+    tokens = values["tokenizer.ggml.tokens"].value
+    assert tokens == [original.id_to_piece(i) for i in range(512)]
+    made = [i for i in range(512) if scores[i] != 0 or tokens[i] == "▁t"]
+    assert sorted(made, key=lambda i: -scores[i]) == sorted(made, key=lambda i: -original.get_score(i))
+    for i in range(512):
+        expected = TokenType.BYTE if original.is_byte(i) else TokenType.NORMAL
+        expected = TokenType.CONTROL if original.is_control(i) else expected
+        assert types[i] == (TokenType.UNKNOWN if original.is_unknown(i) else expected)
+
+
+def _edit(directory: Path, change) -> None:
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    change(tokenizer)
+    path.write_text(json.dumps(tokenizer))
+
+
+def _other_regex(tokenizer):
+    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
+
+
+def test_an_unknown_pre_tokenizer_is_refused_with_a_way_out(tmp_path):
+    save_tiny_tokenizer(tmp_path, "qwen2")
+    _edit(tmp_path, _other_regex)
+    with pytest.raises(UnsupportedModel, match="--pre-tokenizer NAME"):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+    named = read_tokenizer(tmp_path, VOCAB_SIZE, stock=True, pre_tokenizer="qwen2")
+    assert named.values["tokenizer.ggml.pre"].value == "qwen2"
+    ours = read_tokenizer(tmp_path, VOCAB_SIZE, stock=False)  # the irq profile carries tokenizer.json
+    assert any("pre_tokenizer" in note for note in ours.notes)
+    assert "tokenizer.ggml.tokens" not in ours.values
+    assert ours.values["tokenizer.ggml.bos_token_id"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("gpt-2", lambda t: t.update(normalizer={"type": "Lowercase"}), "cannot normalise"),
+        ("gpt-2", lambda t: t["model"].update(type="WordPiece"), "kind of tokenizer"),
+        ("gpt-2", lambda t: t["model"].update(end_of_word_suffix="</w>"), "no such option"),
+        ("gpt-2", lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "no pre-tokenizer"),
+        ("sentencepiece", lambda t: t["model"]["merges"].pop(3), "is no merge"),
+        (
+            "sentencepiece",
+            lambda t: t["model"]["merges"].append(t["model"]["merges"].pop(2)),
+            "SentencePiece",
+        ),
+        (
+            "sentencepiece",
+            lambda t: t.update(pre_tokenizer={"type": "Whitespace"}, normalizer=None),
+            "cannot split",
+        ),
+        ("gpt-2", lambda t: t["post_processor"]["special_tokens"]["<s>"].update(ids=[1]), "bos token"),
+    ],
+)
+def test_what_llama_cpp_would_do_otherwise_is_refused(tmp_path, kind, change, message):
+    save_tiny_tokenizer(tmp_path, kind)
+    _edit(tmp_path, change)
+    with pytest.raises(UnsupportedModel, match=message):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["model"]["vocab"].update(stranger=9999), "no row in the embedding"),
+        (lambda t: t["model"]["vocab"].update(twin=5), "share an id"),
+        (lambda t: t["model"]["merges"].append("a b c"), "not a merge"),
+        (lambda t: t["model"].pop("vocab"), "no model"),
+    ],
+)
+def test_a_broken_tokenizer_is_malformed(tmp_path, change, message):
+    save_tiny_tokenizer(tmp_path)
+    _edit(tmp_path, change)
+    with pytest.raises(MalformedFile, match=message):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+
+
+def test_special_tokens_and_padding(tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    values = read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).values
+    got = {key: values[f"tokenizer.ggml.{key}_token_id"].value for key in ("bos", "eos", "eot")}
+    assert got == {"bos": 0, "eos": 1, "eot": 3}
+    tokens, types = (values[f"tokenizer.ggml.{key}"].value for key in ("tokens", "token_type"))
+    assert (tokens[-1], types[-1]) == (f"[PAD{VOCAB_SIZE - 1}]", TokenType.UNUSED)
+    assert list(types[:4]) == [TokenType.CONTROL] * 4
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<nowhere>"}))
+    with pytest.raises(MalformedFile, match="bos_token is not in the vocabulary"):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+
+
+def test_chat_templates_of_every_form(tmp_path):
+    save_tiny_tokenizer(tmp_path, chat_template=CHATML)
+    assert read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).values["tokenizer.chat_template"].value == CHATML
+    named = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    values = read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).values
+    assert values["tokenizer.ggml.bos_token_id"].value == 0  # not declared any more, but added
+    assert values["tokenizer.chat_template"].value == "A"
+    assert values["tokenizer.chat_template.tool_use"].value == "B"
+    (tmp_path / "chat_template.jinja").write_text("C")
+    assert read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).values["tokenizer.chat_template"].value == "C"
+
+
+def test_without_tokenizer_json(tmp_path):
+    found = read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+    assert found.values["tokenizer.ggml.model"].value == "none"
+    assert "no tokenizer" in found.notes[0]
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UnsupportedModel, match="save_pretrained"):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+
+
+def test_modelfile_says_only_what_is_known():
+    known = modelfile("base.gguf", "adapter.gguf", "{{ bos_token }}" + CHATML, "<s>")
+    assert 'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}' in known
+    for template in (CHATML.replace("user", "human") + "!", "{{ broken", "{{ raise_exception('no') }}"):
+        unknown = modelfile("base.gguf", None, template, "")
+        assert 'TEMPLATE """' not in unknown
+        assert "# TEMPLATE: left to Ollama" in unknown
+        assert "ADAPTER" not in unknown
