@@ -77,7 +77,7 @@ def float_tensor(
         order: Row order of the output, for stock llama files.
     """
     ref = checkpoint.plain[hf_name]
-    kind = kind or GgmlType[ref.dtype]
+    kind = GgmlType[ref.dtype] if kind is None else kind
     read = checkpoint.plain_f32 if kind is GgmlType.F32 else checkpoint.plain_raw
     put = order or _as_it_is
 
