@@ -13,12 +13,13 @@ from functools import cache
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.double_quant import GROUP_SIZE, dynamic_map
 from irq_formats.packing import block_bytes
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 __all__ = [
     "BlockModule",

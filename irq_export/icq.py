@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from irq_formats.blocks import BlockSpec, BlockTensor, part_layout, store_scales
-from irq_formats.errors import UnsupportedModel, UsageError
 from torch import Tensor
 
 from irq_export.icq_reference import check_spec, nested_scale, nested_tau, reference_blocks
 from irq_export.icq_search import ENTROPY_UNIT, SearchConfig, block_entropy, plain_entropy, search_blocks
+from irq_formats.blocks import BlockSpec, BlockTensor, part_layout, store_scales
+from irq_formats.errors import UnsupportedModel, UsageError
 
 __all__ = ["QuantizedWeight", "SearchConfig", "quantize_rows", "quantize_tensor"]
 
@@ -27,8 +27,8 @@ __all__ = ["QuantizedWeight", "SearchConfig", "quantize_rows", "quantize_tensor"
 _MAX_WEIGHT = 2.0**125
 #: Default budget of temporaries, bytes: chunks that stay near a CPU's caches; a GPU is given more.
 _CPU_BUDGET, _CUDA_BUDGET = 1 << 25, 1 << 32
-#: Weights whose codes are chosen together: temporaries of about 100 MiB.
-_MEASURED_ELEMENTS = 1 << 22
+#: Weights whose codes are chosen together, for the same reason.
+_MEASURED_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from irq_formats.blocks import BlockSpec
-from irq_formats.codebooks import CODEBOOKS
-from irq_formats.double_quant import GROUP_SIZE, dynamic_map, group_count
-from irq_formats.errors import UnsupportedModel, UsageError
 from numpy.typing import NDArray
 from torch import Tensor
 
 from irq_export.icq_search import SIGMA, SearchConfig
+from irq_formats.blocks import BlockSpec
+from irq_formats.codebooks import CODEBOOKS
+from irq_formats.double_quant import GROUP_SIZE, dynamic_map, group_count
+from irq_formats.errors import UnsupportedModel, UsageError
 
 __all__ = ["check_spec", "nested_scale", "nested_tau", "reference_blocks"]
 

@@ -34,9 +34,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.errors import UsageError
-from torch import Tensor
 
 __all__ = ["SIGMA", "SearchConfig", "block_entropy", "plain_entropy", "search_blocks"]
 

@@ -13,10 +13,11 @@ from typing import cast
 
 import numpy as np
 import torch
-from irq_formats.adapter import Adapter, LoraLayer, random_layer
-from irq_formats.errors import UsageError, WrongBase
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from irq_formats.adapter import Adapter, LoraLayer, random_layer
+from irq_formats.errors import UsageError, WrongBase
 
 __all__ = ["IecLinear", "add_elastic", "attach", "detach", "extract", "random_adapter"]
 

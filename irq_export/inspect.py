@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+
 from irq_formats.blocks import BlockSpec, part_layout
 from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import UsageError

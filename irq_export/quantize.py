@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
-from irq_formats.checkpoint_writer import checkpoint_writer
-from irq_formats.errors import OutputExists, PreflightRefused, UnsupportedModel, UsageError
-from irq_formats.safetensors_io import DTYPES, SafeTensors, TensorRef
 from numpy.typing import NDArray
 
 from irq_export.icq import SearchConfig, quantize_rows
 from irq_export.quantize_plan import INT8, QuantizePlan, plan_quantization
+from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
+from irq_formats.checkpoint_writer import checkpoint_writer
+from irq_formats.errors import OutputExists, PreflightRefused, UnsupportedModel, UsageError
+from irq_formats.safetensors_io import DTYPES, SafeTensors, TensorRef
 
 __all__ = ["QuantizeReport", "TensorReport", "quantize"]
 

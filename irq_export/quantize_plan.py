@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+
 from irq_formats.blocks import BlockSpec, part_layout
 from irq_formats.checkpoint import FLOAT_DTYPES, hf_tensor_shapes, read_config
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError

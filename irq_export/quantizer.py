@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from irq_formats.blocks import BlockSpec
-from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import MalformedFile, UnsupportedModel
-from irq_formats.quantization import QUANT_METHOD, Quantization
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from irq_export.block_modules import BlockModule, IrqEmbedding, IrqLinear, IrqTiedHead
+from irq_formats.blocks import BlockSpec
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.quantization import QUANT_METHOD, Quantization
 
 __all__ = ["IrqConfig", "IrqQuantizer", "load_model"]
 
@@ -150,6 +152,8 @@ def load_model(
         UnsupportedModel: A model or version this version does not know.
     """
     open_checkpoint(path, verify=verify)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(path), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
     )

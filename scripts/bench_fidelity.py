@@ -20,9 +20,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Ggml
 from gguf.quants import dequantize, quantize
-from irq_formats.adapter import Adapter, delta_weight
-from irq_formats.checkpoint import open_checkpoint
-from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import irq_export
@@ -31,6 +28,9 @@ from irq_export.parity.llamacpp import LlamaCpp
 from irq_export.parity.metrics import compare
 from irq_export.parity.runtimes import ReferenceRuntime, TorchRuntime
 from irq_export.parity.target import open_target
+from irq_formats.adapter import Adapter, delta_weight
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 
 WINDOW = 512
 Logits = Callable[[list[int]], np.ndarray]

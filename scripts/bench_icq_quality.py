@@ -19,14 +19,14 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from irq_formats.atomic import atomic_file
-from irq_formats.blocks import BlockSpec
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from irq_export.icq import QuantizedWeight, SearchConfig, quantize_tensor
+from irq_formats.atomic import atomic_file
+from irq_formats.blocks import BlockSpec
 
 CODEBOOKS = ("nf4", "nf3", "nf2", "int4")
 METHODS = {

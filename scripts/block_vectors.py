@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+
 from irq_formats.blocks import BlockSpec, BlockTensor, encode, encode_int8
 from irq_formats.codebooks import CODEBOOKS
 

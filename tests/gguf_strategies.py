@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from irq_formats.gguf import STR, GgmlType, GgufFile, GgufValue, TensorSource, ValueType, write_gguf
 
 SCALARS = [kind for kind in ValueType if kind not in (ValueType.STR, ValueType.ARRAY)]

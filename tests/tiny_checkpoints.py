@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
 from irq_formats.blocks import BlockSpec, BlockTensor, encode, encode_int8
 from irq_formats.checkpoint import hf_tensor_shapes
 from irq_formats.checkpoint_writer import SHARD_BYTES, checkpoint_writer

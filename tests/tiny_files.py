@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
 from irq_formats.adapter import LoraLayer
 from irq_formats.blocks import BlockSpec, BlockTensor, encode
 from irq_formats.gguf import (
@@ -23,8 +26,6 @@ from irq_formats.gguf.model_keys import IRQ_PREFIX, model_metadata
 from irq_formats.model import ModelConfig
 from irq_formats.names import gguf_to_hf, hf_to_gguf, linear_names, tensor_shapes
 from irq_formats.rope import rope_factors
-from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 __all__ = [
     "block_tensors",

@@ -18,8 +18,9 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import click
-from irq_formats.errors import IrqError
 from rich.console import Console
+
+from irq_formats.errors import IrqError
 
 __all__ = ["console", "emit", "force_option", "json_option", "progress", "verb"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from irq_formats.errors import OutputExists, ParityFailed
 
 from irq_export.cli.common import console, emit, json_option, verb
+from irq_formats.errors import OutputExists, ParityFailed
 
 __all__ = ["command"]
 
@@ -59,41 +59,41 @@ def command(output: Path | None, as_json: bool) -> None:
 
 def _prove(directory: Path, codebook: str, profile: str, exported: Path) -> dict[str, Any]:
     """Quantise, adapt, export, run and verify; return what happened, with a text for people."""
-    from irq_formats.checkpoint import open_checkpoint
-    from irq_formats.peft_adapter import write_peft_adapter
-
-    import irq_export
+    from irq_export.export.gguf import to_gguf
     from irq_export.iec import random_adapter
     from irq_export.parity.runtimes import ReferenceRuntime
     from irq_export.parity.target import open_target
+    from irq_export.parity.verify import verify
+    from irq_export.quantize import quantize
+    from irq_export.quantizer import load_model
+    from irq_formats.checkpoint import open_checkpoint
+    from irq_formats.peft_adapter import write_peft_adapter
 
     screen = console()
     checkpoint = directory / f"{codebook}-checkpoint"
     screen.print(f"quantising to {codebook} with ICQ ...")
-    quantized = irq_export.quantize(
-        Path(__file__).parent.parent / "demo_model", checkpoint, codebook=codebook
-    )
+    quantized = quantize(Path(__file__).parent.parent / "demo_model", checkpoint, codebook=codebook)
     base_hash = open_checkpoint(checkpoint).base_hash
-    adapter = random_adapter(irq_export.load_model(checkpoint), rank=8, seed=0, base_hash=base_hash)
+    adapter = random_adapter(load_model(checkpoint), rank=8, seed=0, base_hash=base_hash)
     adapter_dir = directory / f"{codebook}-adapter"
     write_peft_adapter(adapter_dir, adapter, base_model_name=str(checkpoint))
     screen.print(f"packing profile {profile} ...")
-    irq_export.to_gguf(checkpoint, exported, profile=profile, adapter_dir=adapter_dir)
+    to_gguf(checkpoint, exported, profile=profile, adapter_dir=adapter_dir)
     target = open_target(exported)
     text = _generate(ReferenceRuntime(target.model, target.adapter, 1.0, "float32"), target)
     screen.print("comparing with PyTorch ...")
-    report = irq_export.verify(exported, against=checkpoint, adapter=adapter_dir)
+    report = verify(exported, against=checkpoint, adapter=adapter_dir)
     bytes_on_disk = sum(
         path.stat().st_size for path in (exported.rglob("*.gguf") if exported.is_dir() else [exported])
     )
     summary = (
-        f"{codebook}, profile {profile}: {quantized.bits_per_weight:.3f} bits per weight, "
+        f"{codebook}, profile {profile}: {quantized.bits_per_weight():.3f} bits per weight, "
         f"{bytes_on_disk / 1e6:.2f} MB\n{_PROMPT}{text}\n{report.to_text()}"
     )
     return {
         "codebook": codebook,
         "profile": profile,
-        "bits_per_weight": quantized.bits_per_weight,
+        "bits_per_weight": quantized.bits_per_weight(),
         "file_bytes": bytes_on_disk,
         "generated": text,
         "report": report.to_dict(),

@@ -143,9 +143,8 @@ def _skipped_lines(skipped: dict[str, str]) -> list[str]:
 
 
 def _show_plan(model_dir: Path, block_size: int, options: dict[str, Any], *, as_json: bool) -> None:
-    from irq_formats.blocks import BlockSpec
-
     from irq_export.quantize_plan import plan_quantization
+    from irq_formats.blocks import BlockSpec
 
     names = ("codebook", "scale", "tau", "scale_rounding")
     spec = BlockSpec(block_size=block_size, **{name: options[name] for name in names})

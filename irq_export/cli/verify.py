@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import click
-from irq_formats.errors import ParityFailed
 
 from irq_export.cli.common import json_option, progress, verb
+from irq_formats.errors import ParityFailed
 
 __all__ = ["command"]
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from irq_formats.adapter import Adapter, LoraLayer, fold_adapter_layers, tau_extra_rank, unify_rank
 from irq_formats.atomic import atomic_dir
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import WrongBase
 from irq_formats.manifest import write_manifest
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
-from numpy.typing import NDArray
 
 __all__ = ["WITHOUT_TAU", "FoldResult", "add_tau", "fold_adapter"]
 

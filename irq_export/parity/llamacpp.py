@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from irq_formats.errors import IrqError, UnsupportedModel, UsageError
 
 from irq_export.parity.llamacpp_process import Request, ServerProcess
+from irq_formats.errors import IrqError, UnsupportedModel, UsageError
 
 __all__ = ["LOGPROB_FLOOR", "LlamaCpp"]
 

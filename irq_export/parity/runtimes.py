@@ -9,13 +9,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from irq_formats.adapter import Adapter
-from irq_runtime.reference import load_model as load_reference
 from numpy.typing import NDArray
 
 from irq_export.iec import attach
 from irq_export.parity.llamacpp import LlamaCpp
 from irq_export.quantizer import load_model
+from irq_formats.adapter import Adapter
+from irq_runtime.reference import load_model as load_reference
 
 __all__ = ["LlamaCppRuntime", "ReferenceRuntime", "Runtime", "TorchRuntime"]
 

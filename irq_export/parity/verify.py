@@ -16,11 +16,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from irq_export.parity.tensors import tensor_level
-from irq_formats.checkpoint import Checkpoint, open_checkpoint
-from irq_formats.errors import UsageError
-from irq_formats.peft_adapter import read_peft_adapter
-from irq_runtime.tokenizer import load_tokenizer
 from numpy.typing import NDArray
 
 from irq_export.export.gguf import to_gguf
@@ -30,6 +25,11 @@ from irq_export.parity.metrics import LogitMetrics, compare
 from irq_export.parity.report import Check, ParityReport
 from irq_export.parity.runtimes import LlamaCppRuntime, ReferenceRuntime, TorchRuntime
 from irq_export.parity.target import Target, open_target
+from irq_export.parity.tensors import tensor_level
+from irq_formats.checkpoint import Checkpoint, open_checkpoint
+from irq_formats.errors import UsageError
+from irq_formats.peft_adapter import read_peft_adapter
+from irq_runtime.tokenizer import load_tokenizer
 
 __all__ = ["RUNTIMES", "verify"]
 

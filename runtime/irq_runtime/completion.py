@@ -8,7 +8,6 @@ from pathlib import Path
 
 from irq_formats.errors import UsageError
 from irq_formats.gguf import open_gguf
-
 from irq_runtime.reference import load_model
 from irq_runtime.sampling import SamplingParams, generate
 from irq_runtime.text_stream import TextStream

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from irq_formats.errors import UsageError
-from irq_formats.model import ModelConfig
 from numpy.typing import DTypeLike, NDArray
 
+from irq_formats.errors import UsageError
+from irq_formats.model import ModelConfig
 from irq_runtime.kv_cache import KVCache
 from irq_runtime.rope import rotate, rotation
 from irq_runtime.weights import Weights, open_weights

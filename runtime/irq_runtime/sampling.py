@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from irq_formats.errors import UsageError
 from numpy.typing import NDArray
+
+from irq_formats.errors import UsageError
 
 __all__ = ["SamplingParams", "StepModel", "generate", "probabilities", "sample"]
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 import tokenizers
+
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.fields import Fields
 from irq_formats.gguf import GgufFile

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 from irq_formats.adapter import LoraLayer, fold
 from irq_formats.blocks import BlockTensor
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
@@ -31,7 +33,6 @@ from irq_formats.gguf.reader import GgufFile, open_gguf
 from irq_formats.model import ModelConfig
 from irq_formats.names import tensor_shapes
 from irq_formats.rope import inverse_frequencies
-from numpy.typing import DTypeLike, NDArray
 
 __all__ = ["Weights", "open_weights"]
 

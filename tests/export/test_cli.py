@@ -12,10 +12,10 @@ import click
 import jsonschema
 import pytest
 from click.testing import CliRunner
-from irq_formats import errors
 
 from irq_export.cli import _VERBS, LazyGroup, main
 from irq_export.cli.common import emit, force_option, json_option, verb
+from irq_formats import errors
 
 HEAVY = ("torch", "transformers", "peft", "onnx", "gguf", "xllamacpp", "jinja2")
 

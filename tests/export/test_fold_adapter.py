@@ -12,12 +12,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from irq_formats.adapter import Adapter, LoraLayer, delta_weight, random_layer
-from irq_formats.blocks import BlockSpec, BlockTensor, encode
-from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import OutputExists, WrongBase
-from irq_formats.manifest import check_manifest
-from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_checkpoints import write_tiny_checkpoint
@@ -29,6 +23,12 @@ from irq_export.cli.fold_adapter import command
 from irq_export.export.fold_adapter import add_tau, fold_adapter
 from irq_export.iec import attach, detach, random_adapter
 from irq_export.quantizer import load_model
+from irq_formats.adapter import Adapter, LoraLayer, delta_weight, random_layer
+from irq_formats.blocks import BlockSpec, BlockTensor, encode
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.errors import OutputExists, WrongBase
+from irq_formats.manifest import check_manifest
+from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 
 # PEFT 0.21 on transformers 5.23 reads a property that transformers is about to rename
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

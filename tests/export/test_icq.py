@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from irq_export.icq import SearchConfig, quantize_tensor
+from irq_export.icq_search import SIGMA, search_blocks
 from irq_formats.blocks import BlockSpec, encode
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.double_quant import dynamic_map
 from irq_formats.errors import UnsupportedModel, UsageError
-
-from irq_export.icq import SearchConfig, quantize_tensor
-from irq_export.icq_search import SIGMA, search_blocks
 
 BOOKS = ["nf4", "nf3", "nf2", "int4", "int3", "int2"]
 RELEASED_NF4 = BlockSpec("nf4", scale_rounding="none")

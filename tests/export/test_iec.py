@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from irq_formats.adapter import Adapter, LoraLayer, branch, delta_weight, elastic, fold, random_layer
-from irq_formats.errors import UsageError, WrongBase
 from tiny_models import tiny_model, tiny_tokens
 from tolerance import FOLD_FLOAT64, FOLD_PEFT_LOGITS
 from torch import nn
 
 from irq_export.iec import IecLinear, add_elastic, attach, detach, extract, random_adapter
+from irq_formats.adapter import Adapter, LoraLayer, branch, delta_weight, elastic, fold, random_layer
+from irq_formats.errors import UsageError, WrongBase
 
 SHAPES = [
     (64, 64, 8),

@@ -14,10 +14,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from irq_formats.blocks import BlockSpec, encode_int8
-from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import IrqError, MalformedFile, OutputExists, UnsupportedModel, UsageError
-from irq_formats.safetensors_io import open_safetensors, write_safetensors
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model, tiny_tokens
 
@@ -25,6 +21,10 @@ from irq_export.cli.quantize import command
 from irq_export.icq import SearchConfig, quantize_tensor
 from irq_export.quantize import QuantizeReport, quantize
 from irq_export.quantizer import load_model
+from irq_formats.blocks import BlockSpec, encode_int8
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.errors import IrqError, MalformedFile, OutputExists, UnsupportedModel, UsageError
+from irq_formats.safetensors_io import open_safetensors, write_safetensors
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -289,9 +289,10 @@ def test_dry_run_writes_nothing_and_knows_the_size(
 
 
 _MEASURE = """
-import resource, sys
+import pathlib, re, sys
 import irq_export.quantize
-def peak_bytes(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_bytes():  # of this program; ru_maxrss would remember the parent's
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 before = peak_bytes()
 one = ["*.0.mlp.down_proj"]
 irq_export.quantize.quantize(sys.argv[1], sys.argv[2], include=one, icq=False, refine="none")

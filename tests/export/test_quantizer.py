@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from irq_formats.blocks import BlockSpec, BlockTensor
-from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import MalformedFile, UnsupportedModel
 from tiny_checkpoints import random_block_tensor, write_tiny_checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from irq_export.block_modules import BlockModule, IrqEmbedding, IrqLinear
 from irq_export.iec import attach, random_adapter
 from irq_export.quantizer import load_model
+from irq_formats.blocks import BlockSpec, BlockTensor
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.errors import MalformedFile, UnsupportedModel
 
 SPECS = [
     BlockSpec(codebook, block_size, scale, tau, rounding)

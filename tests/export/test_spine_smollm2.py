@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from irq_formats.checkpoint import open_checkpoint
-from irq_formats.peft_adapter import write_peft_adapter
 
 import irq_export
 from irq_export.iec import random_adapter
 from irq_export.parity.report import ParityReport
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.peft_adapter import write_peft_adapter
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a 135 M model in float64, four times
 
@@ -43,7 +43,7 @@ def adapted(model_dir: Path, work: Path, codebook: str) -> tuple[Path, Path, flo
         irq_export.load_model(checkpoint), rank=32, seed=0, base_hash=open_checkpoint(checkpoint).base_hash
     )
     write_peft_adapter(adapter_dir, adapter, base_model_name=str(checkpoint))
-    return checkpoint, adapter_dir, report.bits_per_weight
+    return checkpoint, adapter_dir, report.bits_per_weight()
 
 
 def value(report: ParityReport, level: str, name: str, key: str) -> float:

@@ -16,6 +16,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import quants
+from tiny_checkpoints import write_tiny_checkpoint
+from tolerance import NF_IN_Q8_0_NMSE, NMSE_FLOAT32, NMSE_FLOAT64
+
+import irq_export
+from irq_export.cli import main
+from irq_export.export.gguf import convert, plan_gguf, to_gguf
+from irq_export.export.gguf.merged import round_once
+from irq_export.export.gguf.plan import check_complete
 from irq_formats.adapter import Adapter, delta_weight, random_layer
 from irq_formats.blocks import BlockSpec, BlockTensor
 from irq_formats.checkpoint import open_checkpoint
@@ -33,14 +41,6 @@ from irq_formats.manifest import check_manifest
 from irq_formats.names import hf_to_gguf
 from irq_formats.peft_adapter import write_peft_adapter
 from irq_runtime.reference import load_model
-from tiny_checkpoints import write_tiny_checkpoint
-from tolerance import NF_IN_Q8_0_NMSE, NMSE_FLOAT32, NMSE_FLOAT64
-
-import irq_export
-from irq_export.cli import main
-from irq_export.export.gguf import convert, plan_gguf, to_gguf
-from irq_export.export.gguf.merged import round_once
-from irq_export.export.gguf.plan import check_complete
 
 CODEBOOKS = ("nf4", "nf3", "nf2", "int4", "int3", "int2")
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 259, 16)]

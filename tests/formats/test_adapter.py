@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerance import FOLD_FLOAT32, FOLD_FLOAT64
+
 from irq_formats.adapter import (
     LoraLayer,
     branch,
@@ -19,7 +21,6 @@ from irq_formats.adapter import (
     tau_extra_rank,
 )
 from irq_formats.errors import MalformedFile, UsageError
-from tolerance import FOLD_FLOAT32, FOLD_FLOAT64
 
 
 def layer64(rng: np.random.Generator, n_out: int, n_in: int, rank: int) -> LoraLayer:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+
 from irq_formats import atomic
 from irq_formats.atomic import atomic_dir, atomic_file
 from irq_formats.errors import OutputExists, PreflightRefused, UsageError

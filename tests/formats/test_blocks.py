@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from irq_formats.blocks import BlockSpec, BlockTensor, encode, encode_int8, part_layout
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.codecs import block_codec

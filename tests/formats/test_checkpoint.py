@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_checkpoints import write_tiny_checkpoint
+
 from irq_formats.blocks import BlockSpec
 from irq_formats.checkpoint import Checkpoint, base_hash, hash_line, hf_tensor_shapes, open_checkpoint
 from irq_formats.checkpoint_writer import checkpoint_writer
 from irq_formats.errors import IrqError, MalformedFile, OutputExists, UnsupportedModel, UsageError
 from irq_formats.manifest import write_manifest
 from irq_formats.safetensors_io import TensorSpec, open_safetensors, write_safetensors
-from tiny_checkpoints import write_tiny_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
 WEIGHTS = "model.safetensors"

@@ -10,13 +10,13 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from malformed_corpus import CORPUS, Case, load_cases, open_case
+from tolerance import MALFORMED_MEMORY_BYTES, MALFORMED_SECONDS
+
 from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel
 from irq_formats.gguf import open_gguf
 from irq_formats.gguf.model_keys import read_model
 from irq_formats.safetensors_io import open_safetensors, open_sharded
-from malformed_corpus import CORPUS, Case, load_cases, open_case
-from tolerance import MALFORMED_MEMORY_BYTES, MALFORMED_SECONDS
-
 from scripts import malformed_gguf, malformed_model, malformed_safetensors, raw_gguf
 from scripts.make_vectors import write_malformed
 

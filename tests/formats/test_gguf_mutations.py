@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf_strategies import rewrite, same_value
-from irq_formats.errors import MalformedFile
-from irq_formats.gguf import open_gguf
 from tolerance import MALFORMED_MEMORY_BYTES, MALFORMED_SECONDS
 
+from irq_formats.errors import MalformedFile
+from irq_formats.gguf import open_gguf
 from scripts import malformed_model, raw_gguf
 from scripts.raw_gguf import ARRAY, BOOL, F32, STR, U8, array, f32, info, pair, string
 

@@ -11,10 +11,10 @@ import gguf
 import numpy as np
 import pytest
 from gguf_strategies import ARCHITECTURE, source
-from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
-from irq_formats.gguf import F32, STR, GgmlType, TensorSource, ValueType, open_gguf, write_gguf
 from tolerance import HEADER_SECONDS
 
+from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
+from irq_formats.gguf import F32, STR, GgmlType, TensorSource, ValueType, open_gguf, write_gguf
 from scripts import raw_gguf
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gguf_strategies import ARCHITECTURE, metadata, rewrite, same_value, source, sources
 from hypothesis import HealthCheck, given, settings
+
 from irq_formats.errors import IrqError, OutputExists, UsageError
 from irq_formats.gguf import (
     BOOL,

@@ -8,6 +8,9 @@ import gguf
 import numpy as np
 import pytest
 from gguf import quants
+from tiny_checkpoints import TINY_CONFIG, random_block_tensor
+from tolerance import NF_IN_Q8_0_NMSE
+
 from irq_formats.adapter import random_layer
 from irq_formats.blocks import BlockSpec, BlockTensor
 from irq_formats.codebooks import CODEBOOKS
@@ -32,8 +35,6 @@ from irq_formats.gguf.repack import (
     unpack_codes,
 )
 from irq_formats.model import ModelConfig
-from tiny_checkpoints import TINY_CONFIG, random_block_tensor
-from tolerance import NF_IN_Q8_0_NMSE
 
 HASH = "0f" * 32
 SPECS = [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from irq_formats.adapter import LoraLayer, random_layer
 from irq_formats.blocks import BlockSpec, BlockTensor
 from irq_formats.errors import MalformedFile, UnsupportedModel, WrongBase
@@ -23,7 +24,6 @@ from irq_formats.gguf.irq_payload import (
     read_blocks,
 )
 from irq_formats.names import hf_to_gguf
-
 from tests.tiny_files import BASE_HASH, block_tensors, irq_parts
 from tests.tiny_models import tiny_model
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+
 from irq_formats.errors import MalformedFile, UsageError
 from irq_formats.manifest import MANIFEST_NAME, check_manifest, write_manifest
 

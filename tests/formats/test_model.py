@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.gguf.model_keys import IRQ_PREFIX, model_metadata, read_model
 from irq_formats.model import ModelConfig, RopeScaling
 from irq_formats.rope import inverse_frequencies, rope_factors
-
 from tests.tiny_models import tiny_model
 
 HF: dict[str, Any] = {

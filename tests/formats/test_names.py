@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gguf
 import pytest
+
 from irq_formats.errors import UnsupportedModel
 from irq_formats.names import gguf_to_hf, hf_to_gguf, linear_names, tensor_shapes
-
 from tests.tiny_files import model_config
 from tests.tiny_models import tiny_model
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from irq_formats.adapter import Adapter, LoraLayer, random_layer
 from irq_formats.errors import IrqError, MalformedFile, OutputExists, UnsupportedModel
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
-from safetensors.numpy import load_file, save_file
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -12,6 +12,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
 from irq_formats.atomic import atomic_file
 from irq_formats.errors import MalformedFile, OutputExists, UnsupportedModel, UsageError
 from irq_formats.safetensors_io import (

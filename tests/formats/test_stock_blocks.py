@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+
 from irq_formats.errors import UnsupportedModel
 from irq_formats.gguf import GgmlType, stock_blocks
 from irq_formats.gguf.stock_blocks import BF16, Q2_0, Q4_0, Q4_1, Q8_0, dequantize, quantize

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from irq_export.cli import main
 from irq_formats.errors import UsageError
 from irq_formats.gguf import BOOL, STR, U32
 from irq_runtime.completion import complete
 from irq_runtime.reference import load_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from irq_export.cli import main
 from tests.tiny_files import write_stock
 from tests.tolerance import NMSE_FLOAT64
 

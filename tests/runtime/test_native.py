@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.codecs import block_codec
 from irq_formats.double_quant import dynamic_map

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
+
 from irq_formats.adapter import LoraLayer, delta_weight, random_layer, tau_extra_rank
 from irq_formats.blocks import BlockSpec, encode_int8
 from irq_formats.errors import MalformedFile, UsageError, WrongBase
 from irq_formats.names import gguf_to_hf, hf_to_gguf
 from irq_runtime.reference import ReferenceModel, load_model
 from irq_runtime.weights import Weights, open_weights
-from transformers import PreTrainedModel
-
 from tests.tiny_files import (
     BASE_HASH,
     block_tensors,

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from irq_formats.errors import UsageError
-from irq_runtime.sampling import SamplingParams, generate, probabilities, sample
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -18,6 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from irq_formats.errors import UsageError
+from irq_runtime.sampling import SamplingParams, generate, probabilities, sample
 from tests.tolerance import SAMPLING_SIGMAS
 
 LOGITS = np.random.default_rng(0).standard_normal(100) * 3

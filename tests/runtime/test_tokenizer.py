@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer
+
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.gguf import BOOL, STR, U32, GgufValue, open_gguf, write_gguf
 from irq_runtime.text_stream import TextStream
 from irq_runtime.tokenizer import Tokenizer, load_tokenizer, render_template
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import AutoTokenizer
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧 naïve  spaces\n\ttab  'quotes' 1234 \u0000 end"
 MESSAGES = [{"role": "user", "content": "Hi {{ 7 * 7 }}"}]

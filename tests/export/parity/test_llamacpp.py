@@ -12,11 +12,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from irq_formats.errors import IrqError, UnsupportedModel, UsageError
 from tiny_models import tiny_model
 from tolerance import LLAMACPP_FORCED_LOGPROB, NMSE_FLOAT32
 
 from irq_export.parity.llamacpp import LlamaCpp
+from irq_formats.errors import IrqError, UnsupportedModel, UsageError
 
 pytest.importorskip("xllamacpp")
 
