@@ -471,11 +471,13 @@ def test_pair_has_a_manifest_and_a_modelfile(tmp_path, source):
 # --- command line ------------------------------------------------------------------------------------
 
 
-def test_command_line(tmp_path, source):
+def test_command_line(tmp_path, source, repo):
     given, output = source("nf4"), tmp_path / "m.gguf"
     call = ["to-gguf", str(given.path), "-o", str(output), "--adapter-dir", str(given.adapter_dir)]
     planned = CliRunner().invoke(main, [*call, "--dry-run", "--json"])
     assert planned.exit_code == 0, planned.output
+    schema = json.loads((repo / "formats" / "schema" / "plan.schema.json").read_text())
+    jsonschema.validate(json.loads(planned.stdout), schema)
     assert not output.exists()
     done = CliRunner().invoke(main, [*call, "--json"])
     assert done.exit_code == 0, done.output

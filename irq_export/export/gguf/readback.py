@@ -83,9 +83,9 @@ class _Comparison:
 
 def _same_bytes(a: Array, b: Array) -> bool:
     """Compare the bytes of two arrays of one shape and dtype, without copies of them."""
-    flat = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b)]
-    starts = range(0, flat[0].size, _CHUNK_BYTES)
-    return all(np.array_equal(*(part[i : i + _CHUNK_BYTES] for part in flat)) for i in starts)
+    left, right = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
+    chunks = (slice(start, start + _CHUNK_BYTES) for start in range(0, left.size, _CHUNK_BYTES))
+    return all(np.array_equal(left[chunk], right[chunk]) for chunk in chunks)
 
 
 def read_back(plan: Plan, checkpoint: Checkpoint, adapter: Adapter) -> ReadBack:
