@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner
