@@ -325,5 +325,5 @@ def test_memory_stays_far_below_the_model(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     before, peak = map(int, measured.stdout.split())
-    assert peak - before < 5 * largest_bytes < total_bytes / 2
+    assert peak - before < 6 * largest_bytes < total_bytes / 2
     assert peak < largest_bytes + (1 << 30)
