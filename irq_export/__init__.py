@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from irq_export.export.fold_adapter import fold_adapter
     from irq_export.export.gguf import to_gguf
     from irq_export.parity.verify import verify
-    from irq_export.quantize import quantize
+    from irq_export.quantize_model import quantize
     from irq_export.quantizer import load_model
 
 _HOME = {
     "fold_adapter": "irq_export.export.fold_adapter",
     "load_model": "irq_export.quantizer",
-    "quantize": "irq_export.quantize",
+    "quantize": "irq_export.quantize_model",
     "to_gguf": "irq_export.export.gguf",
     "verify": "irq_export.parity.verify",
 }

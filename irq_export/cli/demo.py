@@ -64,7 +64,7 @@ def _prove(directory: Path, codebook: str, profile: str, exported: Path) -> dict
     from irq_export.parity.runtimes import ReferenceRuntime
     from irq_export.parity.target import open_target
     from irq_export.parity.verify import verify
-    from irq_export.quantize import quantize
+    from irq_export.quantize_model import quantize
     from irq_export.quantizer import load_model
     from irq_formats.checkpoint import open_checkpoint
     from irq_formats.peft_adapter import write_peft_adapter

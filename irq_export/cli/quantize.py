@@ -108,7 +108,7 @@ def command(
         return
     if output_dir is None:
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
-    from irq_export.quantize import quantize
+    from irq_export.quantize_model import quantize
 
     with progress("quantize") as update:
         report = quantize(

@@ -19,7 +19,7 @@ from tiny_models import save_tiny_model, tiny_tokens
 
 from irq_export.cli.quantize import command
 from irq_export.icq import SearchConfig, quantize_tensor
-from irq_export.quantize import QuantizeReport, quantize
+from irq_export.quantize_model import QuantizeReport, quantize
 from irq_export.quantizer import load_model
 from irq_formats.blocks import BlockSpec, encode_int8
 from irq_formats.checkpoint import open_checkpoint
@@ -129,7 +129,7 @@ def test_settings_reach_the_search(
 @pytest.mark.parametrize("tied", [False, True])
 def test_int8_embedding(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_model(tmp_path / "m", tied=tied)
-    monkeypatch.setattr("irq_export.quantize._CHUNK_BYTES", 5000)  # several chunks of rows
+    monkeypatch.setattr("irq_export.quantize_model._CHUNK_BYTES", 5000)  # several chunks of rows
     quantize(tmp_path / "m", tmp_path / "o", embedding="int8", include=[Q])
     checkpoint = open_checkpoint(tmp_path / "o")
     assert set(checkpoint.blocks) == {Q, "model.embed_tokens"} | (set() if tied else {"lm_head"})
@@ -290,12 +290,12 @@ def test_dry_run_writes_nothing_and_knows_the_size(
 
 _MEASURE = """
 import pathlib, re, sys
-import irq_export.quantize
+import irq_export.quantize_model
 def peak_bytes():  # of this program; ru_maxrss would remember the parent's
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 before = peak_bytes()
 one = ["*.0.mlp.down_proj"]
-irq_export.quantize.quantize(sys.argv[1], sys.argv[2], include=one, icq=False, refine="none")
+irq_export.quantize_model.quantize(sys.argv[1], sys.argv[2], include=one, icq=False, refine="none")
 print(before, peak_bytes())
 """
 

@@ -190,7 +190,7 @@ def to_gguf(
         pre_tokenizer=pre_tokenizer,
     )
     export = _Export.open(checkpoint, Path(output), options)
-    preflight(export.plan, overwrite=overwrite)
+    preflight(export.plan, export.inputs(options), overwrite=overwrite)
     export.write(overwrite=overwrite, progress=progress)
     return export.finish()
 
@@ -232,6 +232,11 @@ class _Export:
         )
         check_complete(plan, source_tensors(checkpoint, found))
         return cls(checkpoint, used, tokenizer.values, plan)
+
+    def inputs(self, options: GgufOptions) -> list[Path]:
+        """Return the directories that are read."""
+        adapter_dir = options.adapter_dir or self.checkpoint.adapter_dir
+        return [self.checkpoint.path] + ([] if adapter_dir is None else [adapter_dir])
 
     def write(self, *, overwrite: bool, progress: Progress | None) -> None:
         """Write all files; each appears under its final name only when it is complete."""

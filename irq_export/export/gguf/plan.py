@@ -168,12 +168,17 @@ def check_complete(plan: Plan, source_tensors: Iterable[str]) -> None:
         )
 
 
-def preflight(plan: Plan, *, overwrite: bool) -> None:
+def preflight(plan: Plan, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Refuse an export that cannot finish, before anything is written.
+
+    Args:
+        plan: What would be written.
+        inputs: Directories that are read.
+        overwrite: Whether existing outputs may be replaced.
 
     Raises:
         OutputExists: An output is there and ``overwrite`` is false.
-        UsageError: The directory of the output does not exist.
+        UsageError: The directory of the output does not exist, or an input would be overwritten.
         PreflightRefused: The disk has less room than the files need.
     """
     outputs = [plan.output] if plan.is_directory else [plan.path(file) for file in plan.files]
@@ -182,6 +187,11 @@ def preflight(plan: Plan, *, overwrite: bool) -> None:
             raise OutputExists(
                 "output exists", where=path, hint="Choose another name, or overwrite it with --force"
             )
+    for directory in inputs:
+        source = directory.resolve()
+        for path in (path.resolve() for path in outputs):
+            if source.is_relative_to(path) or (path.is_relative_to(source) and path.exists()):
+                raise UsageError("the output would overwrite the input", where=path, got=directory)
     parent = plan.output.parent
     if not parent.is_dir():
         raise UsageError("no such directory", where=parent)

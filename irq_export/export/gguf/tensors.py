@@ -86,7 +86,7 @@ def float_tensor(
 
     shape = tuple(ref.shape)
     source = TensorSource(hf_to_gguf(hf_name), shape, kind, load)
-    return ExportTensor(source, (hf_name,), 2 * kind.nbytes(shape) + ref.nbytes)
+    return ExportTensor(source, (hf_name,), kind.nbytes(shape) + ref.nbytes)
 
 
 def _as_it_is(array: Array) -> Array:

@@ -1,0 +1,169 @@
+"""verify passes what is right and fails what is wrong, on the demo model and in real llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import jsonschema
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from irq_export.cli import main
+from irq_export.export.gguf import to_gguf
+from irq_export.iec import random_adapter
+from irq_export.parity.metrics import compare, log_softmax
+from irq_export.parity.report import Check, ParityReport
+from irq_export.parity.verify import verify
+from irq_export.quantize_model import quantize
+from irq_export.quantizer import load_model
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.errors import MalformedFile, UsageError
+from irq_formats.gguf import open_gguf
+from irq_formats.peft_adapter import write_peft_adapter
+
+QUICK = {"positions": 40, "greedy": 6}
+
+
+class Case(NamedTuple):
+    checkpoint: Path
+    adapter: Path
+    exported: Path
+
+
+def make(repo: Path, work: Path, codebook: str, profile: str) -> Case:
+    checkpoint, adapter_dir = work / "checkpoint", work / "adapter"
+    quantize(repo / "irq_export" / "demo_model", checkpoint, codebook=codebook, refine="none", tie="first")
+    adapter = random_adapter(load_model(checkpoint), seed=1, base_hash=open_checkpoint(checkpoint).base_hash)
+    write_peft_adapter(adapter_dir, adapter, base_model_name=str(checkpoint))
+    exported = work / ("model.gguf" if profile == "irq" else "pair")
+    to_gguf(checkpoint, exported, profile=profile, adapter_dir=adapter_dir)
+    return Case(checkpoint, adapter_dir, exported)
+
+
+@pytest.fixture(scope="module")
+def irq(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make(repo, tmp_path_factory.mktemp("irq"), "nf4", "irq")
+
+
+@pytest.fixture(scope="module")
+def pair(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make(repo, tmp_path_factory.mktemp("pair"), "int4", "stock")
+
+
+def failed(report: ParityReport) -> set[str]:
+    return {check.level for check in report.checks if check.passed is False}
+
+
+def test_our_file_is_proved(irq: Case, repo: Path) -> None:
+    report = verify(irq.exported, against=irq.checkpoint, adapter=irq.adapter, **QUICK)
+    assert report.passed, report.to_text()
+    assert {check.level for check in report.checks} == {
+        "container",
+        "tensors",
+        "tokenizer",
+        "logits",
+        "greedy",
+    }
+    schema = json.loads((repo / "formats" / "schema" / "parity-report.schema.json").read_text())
+    jsonschema.validate(json.loads(report.to_json()), schema)
+
+
+def test_stock_pair_is_proved_in_llama_cpp(pair: Case) -> None:
+    report = verify(pair.exported, against=pair.checkpoint, adapter=pair.adapter, **QUICK)
+    assert report.passed, report.to_text()
+    names = [check.name for check in report.checks if check.level == "logits"]
+    assert names == [
+        "reference float64 against torch float64",
+        "llama.cpp on the float32 re-expansion against torch float32",
+        "llama.cpp against torch float32",
+    ]
+
+
+@pytest.mark.parametrize("runtime", ["reference", "llama.cpp"])
+def test_adapter_switched_off_fails(pair: Case, runtime: str) -> None:
+    """tau and LoRA are really in the adapter: at scale 0 the same files must fail."""
+    report = verify(
+        pair.exported,
+        against=pair.checkpoint,
+        adapter=pair.adapter,
+        runtimes=[runtime],
+        adapter_scale=0.0,
+        **QUICK,
+    )
+    assert not report.passed
+    assert "logits" in failed(report)
+
+
+def test_forgotten_adapter_fails(irq: Case) -> None:
+    """The file carries an adapter that the checkpoint alone does not have."""
+    report = verify(irq.exported, against=irq.checkpoint, runtimes=["reference"], **QUICK)
+    assert {"tensors", "logits"} <= failed(report)
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_up.codes", "blk.0.attn_q.tau_absmax", "output_norm.weight"])
+def test_one_changed_byte_fails(irq: Case, tmp_path: Path, name: str) -> None:
+    broken = tmp_path / "model.gguf"
+    shutil.copyfile(irq.exported, broken)
+    tensor = open_gguf(broken).tensors[name]
+    with broken.open("r+b") as file:
+        file.seek(tensor.offset + 2)
+        byte = file.read(1)[0]
+        file.seek(tensor.offset + 2)
+        file.write(bytes([byte ^ 0x10]))
+    report = verify(broken, against=irq.checkpoint, adapter=irq.adapter, runtimes=["reference"], **QUICK)
+    assert "tensors" in failed(report)
+
+
+def test_command_line(irq: Case, tmp_path: Path) -> None:
+    arguments = ["verify", str(irq.exported), "--against", str(irq.checkpoint), "--runtime", "reference"]
+    arguments += ["--positions", "20", "--greedy", "0"]
+    report, junit = tmp_path / "report.json", tmp_path / "junit.xml"
+    good = CliRunner().invoke(
+        main,
+        [*arguments, "--adapter", str(irq.adapter), "--json", "--report", str(report), "--junit", str(junit)],
+    )
+    assert good.exit_code == 0, good.output
+    assert json.loads(good.stdout) == json.loads(report.read_text())
+    suite = ElementTree.parse(junit).getroot()
+    assert suite.get("failures") == "0"
+    assert int(suite.get("tests", "0")) >= 5
+    bad = CliRunner().invoke(main, arguments)
+    assert bad.exit_code == 4
+    assert "FAIL tensors" in bad.stdout
+
+
+def test_bad_calls_are_refused(irq: Case, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        verify(tmp_path / "nothing", against=irq.checkpoint)
+    with pytest.raises(UsageError, match="unknown runtime"):
+        verify(irq.exported, against=irq.checkpoint, runtimes=["tensorrt"])
+    (tmp_path / "junk.gguf").write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(MalformedFile):
+        verify(tmp_path / "junk.gguf", against=irq.checkpoint)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MalformedFile, match=r"base\.gguf"):
+        verify(tmp_path / "empty", against=irq.checkpoint)
+
+
+def test_metrics_of_equal_and_shifted_logits() -> None:
+    rng = np.random.default_rng(0)
+    logits, tokens = rng.standard_normal((9, 50)), rng.integers(0, 50, 9)
+    same = compare(logits, logits + 3.0, tokens)  # a constant a position means nothing
+    assert same.nmse < 1e-28
+    assert same.kl_mean < 1e-15
+    assert same.top1 == same.top10 == 1
+    other = compare(logits, rng.standard_normal((9, 50)), tokens)
+    assert other.nmse > 0.5
+    assert other.kl_mean > 0.1
+    p = log_softmax(logits)
+    assert same.perplexity == pytest.approx(np.exp(-p[np.arange(8), tokens[1:]].mean()))
+
+
+def test_report_without_a_deciding_check_does_not_pass() -> None:
+    report = ParityReport("f", "c", (Check("greedy", "x", None, ""),), {}, 0.0)
+    assert not report.passed
