@@ -325,5 +325,7 @@ def test_memory_stays_far_below_the_model(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     before, peak = map(int, measured.stdout.split())
-    assert peak - before < 6 * largest_bytes < total_bytes / 2
+    # Temporaries of fixed size: 32 MiB of search, 32 MiB of rows read, a few 2-MiB pieces in float64, and
+    # what the allocator keeps; measured 60 to 95 MiB. The model would add 230.
+    assert peak - before < largest_bytes + (128 << 20) < 0.7 * total_bytes
     assert peak < largest_bytes + (1 << 30)
