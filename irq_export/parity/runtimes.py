@@ -19,17 +19,19 @@ from irq_runtime.reference import load_model as load_reference
 
 __all__ = ["LlamaCppRuntime", "ReferenceRuntime", "Runtime", "TorchRuntime"]
 
+Tokens = Sequence[int] | NDArray[np.integer]
+
 
 class Runtime(Protocol):
     """What verification asks of a runtime."""
 
     name: str
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.floating]:
+    def logits(self, tokens: Tokens) -> NDArray[np.floating]:
         """Return logits or log-probabilities ``(n, vocab)`` at every position."""
         ...
 
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+    def greedy(self, tokens: Tokens, count: int) -> list[int]:
         """Return ``count`` most likely tokens in a row."""
         ...
 
@@ -49,14 +51,14 @@ class TorchRuntime:
         if adapter is not None:
             attach(self._model, adapter, dtype=getattr(torch, dtype))
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.floating]:
+    def logits(self, tokens: Tokens) -> NDArray[np.floating]:
         """Return logits ``(n, vocab)``."""
         with torch.no_grad():
             out = self._model(torch.tensor([list(tokens)])).logits[0]
         result: NDArray[np.floating] = out.numpy()
         return result
 
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+    def greedy(self, tokens: Tokens, count: int) -> list[int]:
         """Return ``count`` tokens by argmax, with the model's own KV cache."""
         found: list[int] = []
         step, cache = torch.tensor([list(tokens)]), None
@@ -84,11 +86,11 @@ class ReferenceRuntime:
         self._model = load_reference(model, adapter=adapter, adapter_scale=adapter_scale)
         self._dtype = np.dtype(dtype).type
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.floating]:
+    def logits(self, tokens: Tokens) -> NDArray[np.floating]:
         """Return logits ``(n, vocab)``."""
-        return self._model.logits(tokens, dtype=self._dtype)
+        return self._model.logits(list(tokens), dtype=self._dtype)
 
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+    def greedy(self, tokens: Tokens, count: int) -> list[int]:
         """Return ``count`` tokens by argmax, with a KV cache."""
         cache = self._model.new_cache(dtype=self._dtype)
         found: list[int] = []
@@ -124,19 +126,14 @@ class LlamaCppRuntime:
     ) -> None:
         self._server.close()
 
-    @property
-    def version(self) -> str:
-        """Version of the wheel that carries llama.cpp."""
-        return self._server.version
-
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text, with the special tokens llama.cpp adds."""
         return self._server.tokenize(text)
 
-    def logits(self, tokens: Sequence[int]) -> NDArray[np.floating]:
+    def logits(self, tokens: Tokens) -> NDArray[np.floating]:
         """Return log-probabilities float32 ``(n, vocab)``."""
-        return self._server.logprobs(tokens)
+        return self._server.logprobs(list(tokens))
 
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+    def greedy(self, tokens: Tokens, count: int) -> list[int]:
         """Return up to ``count`` most likely tokens; shorter if a token ends the generation."""
-        return self._server.greedy(tokens, count)
+        return self._server.greedy(list(tokens), count)
