@@ -1,4 +1,4 @@
-// irq_runtime._native: numpy in, numpy out. Shapes are checked here, once; kernels trust them.
+// irq_runtime._native: the compiled-in constants, and the parts of the other binding files.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -14,9 +14,6 @@ using namespace nb::literals;
 
 namespace {
 
-using Codes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using PerBlock = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Matrix = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using Vector = nb::ndarray<nb::numpy, float, nb::ndim<1>>;
 
 irq_codebook codebook_of(const std::string &name) {
@@ -45,33 +42,16 @@ Vector levels(const std::string &name) {
     }
 }
 
-Matrix dequantize(const std::string &name, std::size_t block_size, Codes codes, PerBlock scale,
-                  PerBlock tau) {
-    const irq_codebook id = codebook_of(name);
-    const std::size_t rows = scale.shape(0);
-    const irq::BlockShape shape{id, block_size, rows, scale.shape(1) * block_size};
-    if (!irq::is_valid(shape) || codes.shape(0) != rows || codes.shape(1) != shape.row_bytes() ||
-        tau.shape(0) != rows || tau.shape(1) != scale.shape(1)) {
-        throw nb::value_error("codes, scale and tau do not fit together");
-    }
-    auto data = std::make_unique<float[]>(rows * shape.columns);
-    {
-        nb::gil_scoped_release unlocked;
-        irq::dequantize(shape, codes.data(), scale.data(), tau.data(), data.get());
-    }
-    float *raw = data.release();
-    return Matrix(raw, {rows, shape.columns},
-                  nb::capsule(raw, [](void *p) noexcept { delete[] static_cast<float *>(p); }));
-}
-
 }  // namespace
 
+void bind_engine(nb::module_ &module);   // bindings_engine.cpp
+void bind_kernels(nb::module_ &module);  // bindings_kernels.cpp
+
 NB_MODULE(_native, module) {
+    bind_engine(module);
+    bind_kernels(module);
     module.doc() = "Native kernels of irq_runtime.";
     module.def("levels", &levels, "codebook"_a, "The codebook's float32 levels, as compiled in.");
     module.def(
         "dynamic_map", [] { return copy_of(irq_dynamic_map, 256); }, "The 256 float32 values of dq8, as compiled in.");
-    module.def("dequantize", &dequantize, "codebook"_a, "block_size"_a, "codes"_a, "scale"_a, "tau"_a,
-               "Decode packed codes uint8 (out, in*bits/8) with float32 scale and tau (out, nb) to float32 "
-               "(out, in), bit-equal to irq_formats.codecs.");
 }

@@ -1,4 +1,4 @@
-// Holds the scalar kernel to the golden vectors of formats/vectors/blocks, bit for bit.
+// Holds every instruction set of this machine to the golden vectors of formats/vectors/blocks, bit for bit.
 //   test_blocks DIRECTORY   (layout of a vector file: formats/vectors/README.md)
 #include <cstdio>
 #include <cstring>
@@ -22,33 +22,40 @@ bool check(const std::filesystem::path &path) {
     Header h{};
     if (bytes.size() < sizeof h) return false;
     std::memcpy(&h, bytes.data(), sizeof h);
-    const irq::BlockShape shape{static_cast<irq_codebook>(h.codebook), h.block_size, h.rows, h.columns};
-    const std::size_t blocks = shape.rows * shape.blocks_per_row();
-    const std::size_t weights = shape.rows * shape.columns;
-    if (std::memcmp(h.magic, "IRQV", 4) != 0 || h.version != 1 || !irq::is_valid(shape) ||
-        h.codes_offset + shape.rows * shape.row_bytes() > bytes.size() ||
-        h.scale_offset + 4 * blocks > bytes.size() || h.tau_offset + 4 * blocks > bytes.size() ||
-        h.weight_offset + 4 * weights > bytes.size()) {
+    const char *data = bytes.data();
+    irq::Matrix w;
+    w.format = irq::Format::blocks;
+    w.codebook = static_cast<irq_codebook>(h.codebook);
+    w.block_size = h.block_size;
+    w.rows = h.rows;
+    w.columns = h.columns;
+    w.data = data + h.codes_offset;
+    w.scale = {irq::Storage::f32, data + h.scale_offset, nullptr, 0.0f, false};
+    if (w.codebook != IRQ_INT8) w.tau = {irq::Storage::f32, data + h.tau_offset, nullptr, 0.0f, false};
+    if (std::memcmp(h.magic, "IRQV", 4) != 0 || h.version != 1 || !irq::is_valid(w)) return false;
+    const std::size_t blocks = w.rows * w.blocks_per_row(), weights = w.rows * w.columns;
+    if (h.codes_offset + w.rows * w.row_bytes() > bytes.size() || h.scale_offset + 4 * blocks > bytes.size() ||
+        h.tau_offset + 4 * blocks > bytes.size() || h.weight_offset + 4 * weights > bytes.size()) {
         return false;
     }
-    std::vector<float> scale(blocks), tau(blocks), weight(weights);
-    std::memcpy(scale.data(), bytes.data() + h.scale_offset, 4 * blocks);
-    std::memcpy(tau.data(), bytes.data() + h.tau_offset, 4 * blocks);
-    irq::dequantize(shape, reinterpret_cast<const std::uint8_t *>(bytes.data()) + h.codes_offset,
-                    scale.data(), tau.data(), weight.data());
-    return std::memcmp(weight.data(), bytes.data() + h.weight_offset, 4 * weights) == 0;
+    std::vector<float> weight(weights);
+    irq::dequantize_rows(w, 0, w.rows, weight.data());
+    return std::memcmp(weight.data(), data + h.weight_offset, 4 * weights) == 0;
 }
 
 }  // namespace
 
 int main(int argc, char **argv) {
     int cases = 0, failed = 0;
-    for (const auto &entry : std::filesystem::directory_iterator(argc > 1 ? argv[1] : ".")) {
-        if (entry.path().extension() != ".bin") continue;
-        ++cases;
-        if (!check(entry.path())) {
-            ++failed;
-            std::fprintf(stderr, "FAILED %s\n", entry.path().c_str());
+    for (const irq::Isa isa : {irq::Isa::scalar, irq::Isa::avx2, irq::Isa::avx512, irq::Isa::neon}) {
+        if (!irq::set_active_isa(isa)) continue;
+        for (const auto &entry : std::filesystem::directory_iterator(argc > 1 ? argv[1] : ".")) {
+            if (entry.path().extension() != ".bin") continue;
+            ++cases;
+            if (!check(entry.path())) {
+                ++failed;
+                std::fprintf(stderr, "FAILED %s on %s\n", entry.path().c_str(), irq::isa_name(isa));
+            }
         }
     }
     std::printf("%d vectors, %d failed\n", cases, failed);

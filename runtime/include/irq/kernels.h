@@ -70,9 +70,10 @@ class Activations {
     Activations &operator=(const Activations &) = delete;
 
     // Takes x (tokens, columns) with row stride ldx, in floats. For several threads: `reshape` on one,
-    // then `prepare_token` for every token on any.
-    void prepare(const float *x, std::size_t ldx, std::size_t tokens, std::size_t columns);
-    void reshape(std::size_t tokens, std::size_t columns);  // within the maxima
+    // then `prepare_token` for every token on any. False, and nothing done, if it does not fit in
+    // max_tokens * max_columns.
+    bool prepare(const float *x, std::size_t ldx, std::size_t tokens, std::size_t columns);
+    bool reshape(std::size_t tokens, std::size_t columns);
     void prepare_token(std::size_t token, const float *x);
 
     std::size_t tokens() const { return tokens_; }
@@ -111,29 +112,5 @@ void gemv(const Matrix &w, const Activations &x, std::size_t token, std::size_t 
 // decoded into a buffer of fixed size on the stack (under 256 KiB), never the whole matrix.
 void gemm(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
           Store store = Store::set);
-
-// --- the first version, to be removed with its users ---
-
-// Geometry of a block-quantised matrix.
-struct BlockShape {
-    irq_codebook codebook;
-    std::size_t block_size;  // 32 or 64; int8: 32
-    std::size_t rows;        // out
-    std::size_t columns;     // in, a multiple of block_size
-
-    std::size_t blocks_per_row() const { return columns / block_size; }
-    std::size_t row_bytes() const {
-        return columns * static_cast<std::size_t>(irq_codebook_bits[codebook]) / 8;
-    }
-};
-
-// True if codebook, block size and columns go together.
-bool is_valid(const BlockShape &shape);
-
-// w[o, i] = fl32(fl32(scale[o, b] * level[code]) + tau[o, b]); for int8 without tau.
-//   codes (rows, row_bytes()), scale and tau (rows, blocks_per_row()), weight (rows, columns).
-// Bit-equal to irq_formats.codecs.BlockCodec.decode. `shape` must be valid; tau may be null (zero).
-void dequantize(const BlockShape &shape, const std::uint8_t *codes, const float *scale,
-                const float *tau, float *weight);
 
 }  // namespace irq

@@ -1,0 +1,225 @@
+// The vector operations of AVX2 with FMA and F16C, 8 floats wide.
+//
+// Exact: a register holds 8 floats, so 16 levels are two vpermps and a blend by bit 3. Fast: maddubs adds
+// pairs of u8 * s8 in 16 bits and saturates, so codes are taken signed, at most 128 in magnitude:
+// |code| * (x with the code's sign) <= 2 * 128 * 127 fits.
+#pragma once
+
+#include <immintrin.h>
+
+#include "block_layout.h"
+
+namespace irq {
+namespace {
+
+struct Avx2 {
+    using Vec = __m256;
+    static constexpr std::size_t width = 8, tile_rows = 2, tile_tokens = 4;
+
+    static Vec zero() { return _mm256_setzero_ps(); }
+    static Vec set1(float v) { return _mm256_set1_ps(v); }
+    static Vec load(const float *p) { return _mm256_loadu_ps(p); }
+    static void store(float *p, Vec v) { _mm256_storeu_ps(p, v); }
+    static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+    static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+    static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+    static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+    static Vec abs(Vec v) { return _mm256_andnot_ps(set1(-0.0f), v); }
+    static Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static float sum(Vec v) {
+        __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+    }
+    static float max_of(Vec v) {
+        __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+        return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+    }
+    static void store_int8(std::int8_t *p, Vec whole) {
+        const __m256i dwords = _mm256_cvtps_epi32(whole);
+        const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
+        _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packs_epi16(words, words));
+    }
+
+    // The first n (any number) of 8 floats, zeros behind them.
+    static __m256i first(std::size_t n) {
+        return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n < 8 ? n : 8)), counting());
+    }
+    static Vec load_part(const float *p, std::size_t n) { return _mm256_maskload_ps(p, first(n)); }
+    // The lanes of `a` past n may hold anything, NaN too: they are cut off before they meet a zero.
+    static Vec add_product(Vec a, const float *p, std::size_t n, Vec c) {
+        return fma(_mm256_and_ps(a, _mm256_castsi256_ps(first(n))), load_part(p, n), c);
+    }
+    // a0 a0 a1 a1 ...
+    static void twice(Vec v, Vec out[2]) {
+        const Vec low = _mm256_unpacklo_ps(v, v), high = _mm256_unpackhi_ps(v, v);
+        out[0] = _mm256_permute2f128_ps(low, high, 0x20);
+        out[1] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+
+    static __m256i counting() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
+    static __m128i load64(const void *p) { return _mm_loadl_epi64(static_cast<const __m128i *>(p)); }
+    static __m128i load128(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
+    static __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+
+    static float load_half(const void *p) { return _cvtsh_ss(load_as<std::uint16_t>(p)); }
+    static Vec load_f16(const void *p) { return _mm256_cvtph_ps(load128(p)); }
+    static Vec load_bf16(const void *p) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(p)), 16));
+    }
+
+    static void expand_f16(const std::uint8_t *half, std::size_t n, float *out) {
+        std::size_t i = 0;
+        for (; i + 8 <= n; i += 8) store(out + i, load_f16(half + 2 * i));
+        for (; i < n; ++i) out[i] = load_half(half + 2 * i);
+    }
+
+    // Eight plain loads beat a gather on most machines; the map is 1 KiB.
+    static void expand_dq8(const std::uint8_t *index, std::size_t n, float absmax, float offset, bool round,
+                           float *out) {
+        for (std::size_t i = 0; i < n; i += 8) {
+            alignas(32) float mapped[8] = {};
+            for (std::size_t j = 0; j < 8 && i + j < n; ++j) mapped[j] = irq_dynamic_map[index[i + j]];
+            Vec value = add(mul(load(mapped), set1(absmax)), set1(offset));
+            if (round) value = _mm256_cvtph_ps(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+            store(out + i, value);
+        }
+    }
+
+    // --- exact ---
+
+    struct Levels {
+        Vec low, high;  // 4 bits: levels 0-7 and 8-15; fewer: all in `low`
+    };
+
+    template <class L>
+    static Levels levels(const float *level) {
+        if constexpr (L::bits == 8) return {zero(), zero()};
+        else if constexpr (L::bits == 4) return {load(level), load(level + 8)};
+        else if constexpr (L::bits == 3) return {load(level), zero()};
+        else return {_mm256_broadcast_ps(reinterpret_cast<const __m128 *>(level)), zero()};
+    }
+
+    // Bits above the code may be anything but, for 3 bits, zero.
+    template <class L>
+    static Vec look_up(__m256i code, const Levels &table) {
+        const Vec value = _mm256_permutevar8x32_ps(table.low, code);
+        if constexpr (L::bits != 4) return value;
+        const Vec upper = _mm256_permutevar8x32_ps(table.high, code);
+        return _mm256_blendv_ps(value, upper, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    }
+
+    // Levels of 8 codes: the low bits stand at `low_bits` of each dword, bit 2 of code i is bit i of `high`.
+    template <class L>
+    static Vec plane(__m256i low_bits, const Levels &table, unsigned high) {
+        if constexpr (L::bits != 3) return look_up<L>(low_bits, table);
+        const __m256i bit = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(high)), counting());
+        const __m256i four = _mm256_set1_epi32(4), three = _mm256_set1_epi32(3);
+        const __m256i upper = _mm256_and_si256(_mm256_slli_epi32(bit, 2), four);
+        return look_up<L>(_mm256_or_si256(_mm256_and_si256(low_bits, three), upper), table);
+    }
+
+    // The levels of 64 weights in order: of one block of 64 or two of 32.
+    template <class L>
+    static void decode(const std::uint8_t *p, const Levels &table, Vec out[8]) {
+        constexpr int blocks = 64 / L::block, per_block = L::block / 8;
+        for (int b = 0; b < blocks; ++b, p += L::stride, out += per_block) {
+            if constexpr (L::bits == 8) {
+                for (int i = 0; i < 4; ++i) out[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load64(p + 8 * i)));
+            } else {
+                constexpr int planes = L::bits == 4 ? 2 : 4, per_plane = per_block / planes;
+                constexpr int plane_bits = 8 / planes;
+                for (int i = 0; i < per_plane; ++i) {
+                    const __m256i bytes = _mm256_cvtepu8_epi32(load64(p + 8 * i));
+                    for (int k = 0; k < planes; ++k) {
+                        const int at = k * per_plane + i;
+                        const unsigned high = L::bits == 3 ? p[L::block / 4 + at] : 0u;
+                        out[at] = plane<L>(_mm256_srli_epi32(bytes, plane_bits * k), table, high);
+                    }
+                }
+            }
+        }
+    }
+
+    // --- fast ---
+
+    struct Codes {
+        __m256i table;  // signed
+    };
+
+    template <class L>
+    static Codes codes(const CodeTable &table) {
+        const __m128i bytes = _mm_sub_epi8(load128(table.code), _mm_set1_epi8(static_cast<char>(table.bias)));
+        return {_mm256_broadcastsi128_si256(bytes)};
+    }
+
+    static float code_offset(const CodeTable &table) {
+        return table.offset + table.step * static_cast<float>(table.bias);
+    }
+
+    static __m256i join(__m128i low, __m128i high) { return _mm256_set_m128i(high, low); }
+
+    // 4 in every byte whose bit is set.
+    static __m256i spread_bits(std::uint32_t bits) {
+        const __m256i source = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+        const __m256i each = _mm256_set1_epi64x(static_cast<std::int64_t>(0x8040201008040201ull));
+        const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<std::int32_t>(bits)), source);
+        return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, each), each), _mm256_set1_epi8(4));
+    }
+
+    // 2 * 32 signed codes in order: of one block of 64 or two of 32.
+    template <class L>
+    static void unpack(const std::uint8_t *p, const Codes &codes, __m256i out[2]) {
+        const std::uint8_t *second = p + L::stride;
+        if constexpr (L::bits == 8) {
+            out[0] = load256(p);
+            out[1] = load256(second);
+            return;
+        }
+        if constexpr (L::bits == 4 && L::block == 64) {
+            out[0] = load256(p);
+            out[1] = _mm256_srli_epi16(out[0], 4);
+        } else if constexpr (L::bits == 4) {
+            const __m128i a = load128(p), b = load128(second);
+            out[0] = join(a, _mm_srli_epi16(a, 4));
+            out[1] = join(b, _mm_srli_epi16(b, 4));
+        } else if constexpr (L::block == 64) {
+            const __m128i a = load128(p);
+            out[0] = join(a, _mm_srli_epi16(a, 2));
+            out[1] = join(_mm_srli_epi16(a, 4), _mm_srli_epi16(a, 6));
+        } else {
+            const std::uint8_t *blocks[2] = {p, second};
+            for (int i = 0; i < 2; ++i) {
+                const __m256i a = _mm256_set1_epi64x(load_as<std::int64_t>(blocks[i]));
+                out[i] = _mm256_srlv_epi64(a, _mm256_set_epi64x(6, 4, 2, 0));
+            }
+        }
+        const __m256i mask = _mm256_set1_epi8(L::bits == 4 ? 15 : 3);
+        for (int i = 0; i < 2; ++i) {
+            __m256i code = _mm256_and_si256(out[i], mask);
+            if constexpr (L::bits == 3) {
+                const std::uint8_t *high = L::block == 64 ? p + 16 + 4 * i : p + L::stride * i + 8;
+                code = _mm256_or_si256(code, spread_bits(load_as<std::uint32_t>(high)));
+            }
+            out[i] = _mm256_shuffle_epi8(codes.table, code);
+        }
+    }
+
+    // total + scale[0] * (codes . x) of the first 32 and scale[1] * (codes . x) of the second.
+    template <class L>
+    static Vec dot(const std::uint8_t *p, const Codes &codes, const std::int8_t *x, const float *scale, Vec total) {
+        __m256i code[2];
+        unpack<L>(p, codes, code);
+        for (int i = 0; i < 2; ++i) {
+            const __m256i signed_x = _mm256_sign_epi8(load256(x + 32 * i), code[i]);
+            const __m256i words = _mm256_maddubs_epi16(_mm256_abs_epi8(code[i]), signed_x);
+            const __m256i dwords = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+            total = fma(_mm256_cvtepi32_ps(dwords), set1(scale[i]), total);
+        }
+        return total;
+    }
+};
+
+}  // namespace
+}  // namespace irq

@@ -1,0 +1,221 @@
+// The vector operations of AVX-512 (F, BW, DQ, VL, VNNI, VBMI), 16 floats wide.
+//
+// Exact: 16 codes become 16 dwords, and vpermps looks them up in a table that is one register. It reads
+// the low 4 bits of an index, so codes need shifting down but no masking: tables of 4 and 8 levels are
+// repeated over the bits above. Fast: 64 codes become 64 bytes in element order by one broadcast and one
+// shift per quadword, vpermb (low 6 bits) looks them up, vpdpbusd multiplies and sums.
+#pragma once
+
+#include <immintrin.h>
+
+#include "block_layout.h"
+
+namespace irq {
+namespace {
+
+struct Avx512 {
+    using Vec = __m512;
+    static constexpr std::size_t width = 16, tile_rows = 4, tile_tokens = 6;
+
+    static Vec zero() { return _mm512_setzero_ps(); }
+    static Vec set1(float v) { return _mm512_set1_ps(v); }
+    static Vec load(const float *p) { return _mm512_loadu_ps(p); }
+    static void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
+    static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+    static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+    static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+    static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+    static Vec abs(Vec v) { return _mm512_abs_ps(v); }
+    static Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+    static float max_of(Vec v) { return _mm512_reduce_max_ps(v); }
+    static void store_int8(std::int8_t *p, Vec whole) {
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
+    }
+
+    // The first n (any number) of 16 floats, zeros behind them.
+    static __mmask16 first(std::size_t n) { return static_cast<__mmask16>(_bzhi_u32(0xffff, n < 16 ? n & 15 : 16)); }
+    static Vec load_part(const float *p, std::size_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+    static Vec add_product(Vec a, const float *p, std::size_t n, Vec c) {
+        return _mm512_mask3_fmadd_ps(a, load_part(p, n), c, first(n));
+    }
+    // a0 a0 a1 a1 ...
+    static void twice(Vec v, Vec out[2]) {
+        const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+        out[0] = _mm512_permutexvar_ps(low, v);
+        out[1] = _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), v);
+    }
+
+    static __m128i load128(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
+    static __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
+
+    static float load_half(const void *p) { return _cvtsh_ss(load_as<std::uint16_t>(p)); }
+    static Vec load_f16(const void *p) { return _mm512_cvtph_ps(load256(p)); }
+    static Vec load_bf16(const void *p) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load256(p)), 16));
+    }
+
+    static void expand_f16(const std::uint8_t *half, std::size_t n, float *out) {
+        std::size_t i = 0;
+        for (; i + 16 <= n; i += 16) store(out + i, load_f16(half + 2 * i));
+        const __m256i rest = _mm256_maskz_loadu_epi16(first(n - i), half + 2 * i);
+        store(out + i, _mm512_cvtph_ps(rest));
+    }
+
+    // Byte `plane` of map[index] for 64 indices: two 128-entry look-ups, the index's high bit chooses.
+    static __m512i map_bytes(__m512i index, int plane) {
+        const std::uint8_t *table = dynamic_map_planes() + plane * 256;
+        const __m512i below = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), index, _mm512_loadu_si512(table + 64));
+        const __m512i above =
+            _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), index, _mm512_loadu_si512(table + 192));
+        return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), below, above);
+    }
+
+    static void store_dq8(__m512i map_bits, Vec absmax, Vec offset, bool round, float *out) {
+        Vec value = _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(map_bits), absmax), offset);
+        if (round) value = _mm512_cvtph_ps(_mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+        store(out, value);
+    }
+
+    // 64 values at a time, byte by byte of the float: a gather would cost more than the blocks it serves.
+    static void expand_dq8(const std::uint8_t *index, std::size_t n, float absmax, float offset, bool round,
+                           float *out) {
+        // Dwords of indices in this order leave the unpacking below in element order.
+        const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        const Vec a = set1(absmax), o = set1(offset);
+        for (std::size_t i = 0; i < n; i += 64) {
+            const __mmask64 some = _bzhi_u64(~0ull, static_cast<unsigned>(n - i < 64 ? n - i : 64));
+            const __m512i at = _mm512_permutexvar_epi32(order, _mm512_maskz_loadu_epi8(some, index + i));
+            const __m512i b0 = map_bytes(at, 0), b1 = map_bytes(at, 1), b2 = map_bytes(at, 2), b3 = map_bytes(at, 3);
+            const __m512i low = _mm512_unpacklo_epi8(b0, b1), low_top = _mm512_unpacklo_epi8(b2, b3);
+            const __m512i high = _mm512_unpackhi_epi8(b0, b1), high_top = _mm512_unpackhi_epi8(b2, b3);
+            store_dq8(_mm512_unpacklo_epi16(low, low_top), a, o, round, out + i);
+            store_dq8(_mm512_unpackhi_epi16(low, low_top), a, o, round, out + i + 16);
+            store_dq8(_mm512_unpacklo_epi16(high, high_top), a, o, round, out + i + 32);
+            store_dq8(_mm512_unpackhi_epi16(high, high_top), a, o, round, out + i + 48);
+        }
+    }
+
+    // --- exact ---
+
+    struct Levels {
+        Vec low, high;  // of codes without and with bit 2 (3-bit codebooks); else all in `low`
+    };
+
+    template <class L>
+    static Levels levels(const float *level) {
+        if constexpr (L::bits == 8) return {zero(), zero()};
+        else if constexpr (L::bits == 4) return {load(level), zero()};
+        else if constexpr (L::bits == 3)
+            return {_mm512_broadcast_f32x4(_mm_loadu_ps(level)), _mm512_broadcast_f32x4(_mm_loadu_ps(level + 4))};
+        else return {_mm512_broadcast_f32x4(_mm_loadu_ps(level)), zero()};
+    }
+
+    static __m512i dwords(__m128i bytes) { return _mm512_cvtepu8_epi32(bytes); }
+    static Vec look_up(__m512i code, Vec table) { return _mm512_permutexvar_ps(code, table); }
+
+    template <class L>
+    static Vec look_up(__m512i code, const Levels &table, std::uint64_t high_bits) {
+        const Vec value = look_up(code, table.low);
+        if constexpr (L::bits != 3) return value;
+        else return _mm512_mask_permutexvar_ps(value, static_cast<__mmask16>(high_bits), code, table.high);
+    }
+
+    // The levels of 64 weights in order: of one block of 64 or two of 32.
+    template <class L>
+    static void decode(const std::uint8_t *p, const Levels &table, Vec out[4]) {
+        const std::uint8_t *second = p + (L::block == 64 ? 16 : L::stride);
+        if constexpr (L::bits == 8) {
+            const std::uint8_t *parts[4] = {p, p + 16, second, second + 16};
+            for (int i = 0; i < 4; ++i) out[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(parts[i])));
+        } else if constexpr (L::bits == 4) {
+            const __m512i a = dwords(load128(p)), b = dwords(load128(second));
+            constexpr int a_high = L::block == 64 ? 2 : 1, b_low = 3 - a_high;
+            out[0] = look_up(a, table.low);
+            out[a_high] = look_up(_mm512_srli_epi32(a, 4), table.low);
+            out[b_low] = look_up(b, table.low);
+            out[3] = look_up(_mm512_srli_epi32(b, 4), table.low);
+        } else if constexpr (L::block == 64) {
+            const std::uint64_t high = L::bits == 3 ? load_as<std::uint64_t>(p + L::bits / 3 * 16) : 0;
+            const __m512i codes = dwords(load128(p));
+            for (unsigned i = 0; i < 4; ++i) {
+                out[i] = look_up<L>(_mm512_srli_epi32(codes, 2 * i), table, high >> (16 * i));
+            }
+        } else {
+            for (unsigned b = 0; b < 2; ++b, p += L::stride) {  // 8 bytes, twice: planes 0 and 1, 2 and 3
+                const std::uint32_t high = L::bits == 3 ? load_as<std::uint32_t>(p + L::bits / 3 * 8) : 0;
+                const __m512i codes = dwords(_mm_set1_epi64x(load_as<std::int64_t>(p)));
+                const __m512i shift = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+                const __m512i planes = _mm512_srlv_epi32(codes, shift);
+                out[2 * b] = look_up<L>(planes, table, high);
+                out[2 * b + 1] = look_up<L>(_mm512_srli_epi32(planes, 4), table, high >> 16);
+            }
+        }
+    }
+
+    // --- fast ---
+
+    struct Codes {
+        __m512i low, high;  // like Levels, bytes
+    };
+
+    template <class L>
+    static Codes codes(const CodeTable &table) {
+        if constexpr (L::bits == 4) return {_mm512_broadcast_i32x4(load128(table.code)), _mm512_setzero_si512()};
+        return {_mm512_set1_epi32(load_as<std::int32_t>(table.code)),
+                _mm512_set1_epi32(load_as<std::int32_t>(table.code + 4))};
+    }
+
+    static float code_offset(const CodeTable &table) { return table.offset; }
+
+    // 64 unsigned codes in order: of one block of 64 or two of 32.
+    template <class L>
+    static __m512i unpack(const std::uint8_t *p, const Codes &table) {
+        if constexpr (L::bits == 8) {
+            const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(load256(p)), load256(p + L::stride), 1);
+            return _mm512_xor_si512(both, _mm512_set1_epi8(-128));
+        } else if constexpr (L::bits == 4) {
+            __m512i bytes, shift;
+            if constexpr (L::block == 64) {
+                bytes = _mm512_broadcast_i64x4(load256(p));
+                shift = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
+            } else {
+                bytes = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load128(p)), 0xff00, load128(p + L::stride));
+                shift = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+            }
+            return _mm512_permutexvar_epi8(_mm512_srlv_epi64(bytes, shift), table.low);
+        } else {
+            __m512i bytes, shift;
+            std::uint64_t high = 0;
+            if constexpr (L::block == 64) {
+                bytes = _mm512_broadcast_i32x4(load128(p));
+                shift = _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0);
+                if constexpr (L::bits == 3) high = load_as<std::uint64_t>(p + 16);
+            } else {
+                const __m512i first_block = _mm512_set1_epi64(load_as<std::int64_t>(p));
+                bytes = _mm512_mask_set1_epi64(first_block, 0xf0, load_as<std::int64_t>(p + L::stride));
+                shift = _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0);
+                if constexpr (L::bits == 3) {
+                    high = load_as<std::uint32_t>(p + 8);
+                    high |= std::uint64_t{load_as<std::uint32_t>(p + L::stride + 8)} << 32;
+                }
+            }
+            const __m512i index = _mm512_srlv_epi64(bytes, shift);
+            const __m512i code = _mm512_permutexvar_epi8(index, table.low);
+            if constexpr (L::bits == 2) return code;
+            else return _mm512_mask_permutexvar_epi8(code, high, index, table.high);
+        }
+    }
+
+    // total + scale[0] * (codes . x) of the first 32 and scale[1] * (codes . x) of the second.
+    template <class L>
+    static Vec dot(const std::uint8_t *p, const Codes &table, const std::int8_t *x, const float *scale, Vec total) {
+        const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), unpack<L>(p, table), _mm512_loadu_si512(x));
+        const Vec pair = _mm512_castpd_ps(_mm512_set1_pd(load_as<double>(scale)));
+        const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_permutevar_ps(pair, lanes), total);
+    }
+};
+
+}  // namespace
+}  // namespace irq

@@ -1,0 +1,221 @@
+// Views, tables and the public functions: what does not depend on the instruction set.
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "float16.h"
+#include "kernel_table.h"
+
+namespace irq {
+namespace {
+
+constexpr float q4_1_levels[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+constexpr CodeTable code_tables[IRQ_CODEBOOK_COUNT] = {
+    {{0, 38, 59, 75, 89, 101, 113, 124, 134, 144, 155, 166, 179, 194, 214, 248}, 124, 0.008057192f, -1.0003823f},
+    {{0, 62, 93, 119, 138, 159, 186, 238}, 119, 0.008403457f, -0.9992846f},
+    {{0, 74, 124, 198}, 99, 0.010101577f, -1.0000561f},
+    {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 8, 1.0f, -8.0f},
+    {{0, 1, 2, 3, 4, 5, 6, 7}, 4, 1.0f, -4.0f},
+    {{0, 1, 2, 3}, 2, 1.0f, -2.0f},
+    {{}, 128, 1.0f, -128.0f},
+};
+constexpr CodeTable q4_1_code_table = {
+    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 0, 1.0f, 0.0f};
+
+const KernelTable &kernels() {
+    switch (active_isa()) {
+#if defined(__x86_64__)
+        case Isa::avx2: return avx2_kernels;
+        case Isa::avx512: return avx512_kernels;
+#elif defined(__aarch64__)
+        case Isa::neon: return neon_kernels;
+#endif
+        default: return scalar_kernels;
+    }
+}
+
+irq_codebook codebook_of(const Matrix &w) {
+    switch (w.format) {
+        case Format::q8_0: return IRQ_INT8;
+        case Format::q4_0: return IRQ_INT4;
+        default: return w.codebook;
+    }
+}
+
+std::size_t storage_bytes(const BlockValues &values, std::size_t count) {
+    switch (values.storage) {
+        case Storage::none: return 0;
+        case Storage::f32: return 4 * count;
+        case Storage::f16: return 2 * count;
+        default: return count + 4 * ((count + IRQ_GROUP_SIZE - 1) / IRQ_GROUP_SIZE);
+    }
+}
+
+bool is_complete(const BlockValues &values) {
+    if (values.storage == Storage::none) return true;
+    return values.values != nullptr && (values.storage != Storage::dq8 || values.absmax != nullptr);
+}
+
+constexpr std::size_t alignment = 64;
+constexpr std::size_t padded(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+const float *levels_of(const Matrix &w) {
+    static const float *const levels[] = {irq_nf4_levels,  irq_nf3_levels,  irq_nf2_levels, irq_int4_levels,
+                                          irq_int3_levels, irq_int2_levels, nullptr};
+    return w.format == Format::q4_1 ? q4_1_levels : levels[codebook_of(w)];
+}
+
+const CodeTable &code_table_of(const Matrix &w) {
+    return w.format == Format::q4_1 ? q4_1_code_table : code_tables[codebook_of(w)];
+}
+
+int code_bits(const Matrix &w) { return w.format == Format::q4_1 ? 4 : irq_codebook_bits[codebook_of(w)]; }
+
+const std::uint8_t *dynamic_map_planes() {
+    struct Planes {
+        alignas(64) std::uint8_t bytes[4][256];
+        Planes() {
+            for (int i = 0; i < 256; ++i) {
+                for (int b = 0; b < 4; ++b) {
+                    bytes[b][i] = static_cast<std::uint8_t>(bits_of_float(irq_dynamic_map[i]) >> (8 * b));
+                }
+            }
+        }
+    };
+    static const Planes planes;
+    return &planes.bytes[0][0];
+}
+
+bool has_tau(const Matrix &w) {
+    return w.format == Format::q4_1 || (w.format == Format::blocks && w.tau.storage != Storage::none);
+}
+
+std::size_t Matrix::row_bytes() const {
+    switch (format) {
+        case Format::f32: return 4 * columns;
+        case Format::f16:
+        case Format::bf16: return 2 * columns;
+        case Format::q8_0: return columns / 32 * 34;
+        case Format::q4_0: return columns / 32 * 18;
+        case Format::q4_1: return columns / 32 * 20;
+        default: return columns * static_cast<std::size_t>(irq_codebook_bits[codebook]) / 8;
+    }
+}
+
+std::size_t Matrix::total_bytes() const {
+    const std::size_t data_bytes = rows * row_bytes();
+    if (format != Format::blocks) return data_bytes;
+    const std::size_t blocks = rows * blocks_per_row();
+    return data_bytes + storage_bytes(scale, blocks) + storage_bytes(tau, blocks);
+}
+
+bool is_valid(const Matrix &w) {
+    if (w.data == nullptr && w.rows * w.columns != 0) return false;
+    switch (w.format) {
+        case Format::f32:
+        case Format::f16:
+        case Format::bf16: return w.block_size == 1;
+        case Format::q8_0:
+        case Format::q4_0:
+        case Format::q4_1: return w.block_size == 32 && w.columns % 32 == 0;
+        case Format::blocks: break;
+        default: return false;
+    }
+    if (w.codebook < 0 || w.codebook >= IRQ_CODEBOOK_COUNT) return false;
+    const bool size_known = w.block_size == 32 || (w.block_size == 64 && w.codebook != IRQ_INT8);
+    if (!size_known || w.columns % w.block_size != 0) return false;
+    if (w.codebook == IRQ_INT8 && w.tau.storage != Storage::none) return false;
+    return w.scale.storage != Storage::none && is_complete(w.scale) && is_complete(w.tau);
+}
+
+Matrix stock_matrix(Format format, std::size_t rows, std::size_t columns, const void *data) {
+    Matrix w;
+    w.format = format;
+    const bool is_float = format == Format::f32 || format == Format::f16 || format == Format::bf16;
+    w.block_size = is_float ? 1 : 32;
+    w.rows = rows;
+    w.columns = columns;
+    w.data = data;
+    return w;
+}
+
+Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode mode)
+    : max_tokens_(max_tokens), max_stride_(padded(max_columns, 64)), mode_(mode) {
+    // Floats: x, then the sums, scales and code sums of the groups; then the int8 codes.
+    const std::size_t per_group = padded(max_tokens * max_stride_ / group_size, 16);
+    const std::size_t floats = max_tokens * max_stride_ + (mode == Mode::fast ? 3 : 1) * per_group;
+    const std::size_t code_bytes = mode == Mode::fast ? max_tokens * max_stride_ : 0;
+    memory_ = ::operator new(padded(4 * floats + code_bytes + alignment, alignment), std::align_val_t{alignment});
+    x_ = static_cast<float *>(memory_);
+    sum_ = x_ + max_tokens * max_stride_;
+    if (mode == Mode::fast) {
+        scale_ = sum_ + per_group;
+        code_sum_ = scale_ + per_group;
+        codes_ = reinterpret_cast<std::int8_t *>(code_sum_ + per_group);
+    }
+}
+
+Activations::~Activations() { ::operator delete(memory_, std::align_val_t{alignment}); }
+
+Activations::Activations(Activations &&other) noexcept { *this = static_cast<Activations &&>(other); }
+
+// Swapping leaves the old memory to the other object's destructor.
+Activations &Activations::operator=(Activations &&other) noexcept {
+    std::swap(memory_, other.memory_);
+    std::swap(x_, other.x_);
+    std::swap(sum_, other.sum_);
+    std::swap(scale_, other.scale_);
+    std::swap(code_sum_, other.code_sum_);
+    std::swap(codes_, other.codes_);
+    std::swap(max_tokens_, other.max_tokens_);
+    std::swap(max_stride_, other.max_stride_);
+    std::swap(tokens_, other.tokens_);
+    std::swap(columns_, other.columns_);
+    std::swap(stride_, other.stride_);
+    std::swap(mode_, other.mode_);
+    return *this;
+}
+
+bool Activations::reshape(std::size_t tokens, std::size_t columns) {
+    const std::size_t stride = padded(columns, 64);
+    if (tokens * stride > max_tokens_ * max_stride_) return false;
+    tokens_ = tokens;
+    columns_ = columns;
+    stride_ = stride;
+    return true;
+}
+
+void Activations::prepare_token(std::size_t token, const float *x) {
+    const std::size_t value = token * stride_, group = token * groups();
+    if (mode_ == Mode::fast) {
+        kernels().prepare(x, columns_, stride_, mode_, x_ + value, sum_ + group, codes_ + value, scale_ + group,
+                          code_sum_ + group);
+    } else {
+        kernels().prepare(x, columns_, stride_, mode_, x_ + value, sum_ + group, nullptr, nullptr, nullptr);
+    }
+}
+
+bool Activations::prepare(const float *x, std::size_t ldx, std::size_t tokens, std::size_t columns) {
+    if (!reshape(tokens, columns)) return false;
+    for (std::size_t t = 0; t < tokens; ++t) prepare_token(t, x + t * ldx);
+    return true;
+}
+
+void dequantize_rows(const Matrix &w, std::size_t r0, std::size_t r1, float *weight) {
+    kernels().dequantize_rows(w, r0, r1, weight);
+}
+
+void gemv(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
+          Store store) {
+    kernels().gemv(w, x, token, r0, r1, y, store);
+}
+
+void gemm(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
+          Store store) {
+    kernels().gemm(w, x, r0, r1, y, ldy, store);
+}
+
+}  // namespace irq
