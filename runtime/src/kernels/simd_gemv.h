@@ -45,6 +45,15 @@ void prepare_token(const float *x, std::size_t columns, std::size_t stride, Mode
     }
 }
 
+// Hardware prefetchers stop at page borders, which rows meet every few hundred nanoseconds.
+constexpr std::size_t codes_ahead = 4096;
+
+// Asks for the cache lines of [address + ahead, ... + bytes); may lie outside of any array.
+inline void prefetch(const void *address, std::size_t ahead, std::size_t bytes) {
+    const auto start = reinterpret_cast<std::uintptr_t>(address) + ahead;
+    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void *>(start + i));
+}
+
 template <class S>
 void expand_values(const BlockValues &v, std::size_t k, std::size_t n, float *out) {
     const auto *bytes = static_cast<const std::uint8_t *>(v.values);
@@ -65,6 +74,12 @@ void expand_values(const BlockValues &v, std::size_t k, std::size_t n, float *ou
     }
 }
 
+inline void prefetch_values(const BlockValues &v, std::size_t k, std::size_t n) {
+    constexpr std::size_t sizes[] = {0, 4, 2, 1};
+    const std::size_t size = sizes[static_cast<int>(v.storage)];
+    prefetch(v.values, k * size, n * size);
+}
+
 // Scales and taus of n blocks from block k on, counted over the matrix. May write `slack` floats more.
 template <class S, class L>
 void expand(const Matrix &w, std::size_t k, std::size_t n, float *scale, float *tau) {
@@ -77,19 +92,31 @@ void expand(const Matrix &w, std::size_t k, std::size_t n, float *scale, float *
     } else {
         expand_values<S>(w.scale, k, n, scale);
         if constexpr (L::adds_tau) expand_values<S>(w.tau, k, n, tau);
+        // The next rows' scales: by the time they are wanted the codes of these have gone through.
+        prefetch_values(w.scale, k + n, n);
+        if constexpr (L::adds_tau) prefetch_values(w.tau, k + n, n);
     }
 }
 
-// Calls step(codes, i) for every 64 weights of a row, and for a last 32 with a zero block behind them.
+// Calls step(codes, i, u) for every 64 weights of a row, and for a last 32 with a zero block behind them.
+// u = i % unroll is a constant after inlining: it names the accumulator, so that a step need not wait for
+// the sum of the one before.
+constexpr std::size_t unroll = 4;
+
 template <class L, class Step>
 void for_each_step(const std::uint8_t *codes, std::size_t blocks, Step &&step) {
-    constexpr std::size_t per_step = 64 / L::block;
+    constexpr std::size_t per_step = 64 / L::block, bytes = per_step * L::stride;
     const std::size_t steps = blocks / per_step;
-    for (std::size_t i = 0; i < steps; ++i, codes += per_step * L::stride) step(codes, i);
+    std::size_t i = 0;
+    for (; i + unroll <= steps; i += unroll, codes += unroll * bytes) {
+        prefetch(codes, codes_ahead, unroll * bytes);
+        for (std::size_t u = 0; u < unroll; ++u) step(codes + u * bytes, i + u, u);
+    }
+    for (; i < steps; ++i, codes += bytes) step(codes, i, std::size_t{0});
     if (blocks % per_step != 0) {
         std::uint8_t last[2 * L::stride] = {};
         std::memcpy(last, codes, L::stride - L::lead);
-        step(last, steps);
+        step(last, steps, std::size_t{0});
     }
 }
 
@@ -99,7 +126,7 @@ void decode_row(const Matrix &w, const std::uint8_t *codes, std::size_t blocks, 
     using Vec = typename S::Vec;
     constexpr std::size_t W = S::width;
     const auto levels = S::template levels<L>(levels_of(w));
-    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i) {
+    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i, std::size_t) {
         Vec level[64 / W];
         S::template decode<L>(p, levels, level);
         const std::size_t n = smaller(64, blocks * L::block - 64 * i);
@@ -201,8 +228,8 @@ typename S::Vec dot_exact(const std::uint8_t *codes, std::size_t blocks, const f
                           const typename S::Levels &levels, typename S::Vec total) {
     using Vec = typename S::Vec;
     constexpr std::size_t W = S::width, per_block = L::block / W;
-    Vec odd = S::zero();
-    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i) {
+    Vec part_sums[unroll] = {total, S::zero(), S::zero(), S::zero()};
+    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i, std::size_t u) {
         Vec level[64 / W];
         S::template decode<L>(p, levels, level);
         for (std::size_t b = 0; b < 64 / L::block; ++b) {
@@ -210,21 +237,21 @@ typename S::Vec dot_exact(const std::uint8_t *codes, std::size_t blocks, const f
             for (std::size_t j = 1; j < per_block; ++j) {
                 part = S::fma(level[b * per_block + j], S::load(x + 64 * i + b * L::block + j * W), part);
             }
-            const Vec s = S::set1(scale[i * (64 / L::block) + b]);
-            if (b % 2 == 0) total = S::fma(part, s, total);
-            else odd = S::fma(part, s, odd);
+            part_sums[u] = S::fma(part, S::set1(scale[i * (64 / L::block) + b]), part_sums[u]);
         }
     });
-    return S::add(total, odd);
+    return S::add(S::add(part_sums[0], part_sums[1]), S::add(part_sums[2], part_sums[3]));
 }
 
 template <class S, class L>
 typename S::Vec dot_fast(const std::uint8_t *codes, std::size_t blocks, const float *fine, const std::int8_t *x,
                          const typename S::Codes &table, typename S::Vec total) {
-    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i) {
-        total = S::template dot<L>(p, table, x + 64 * i, fine + 2 * i, total);
+    using Vec = typename S::Vec;
+    Vec part_sums[unroll] = {total, S::zero(), S::zero(), S::zero()};
+    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i, std::size_t u) {
+        part_sums[u] = S::template dot<L>(p, table, x + 64 * i, fine + 2 * i, part_sums[u]);
     });
-    return total;
+    return S::add(S::add(part_sums[0], part_sums[1]), S::add(part_sums[2], part_sums[3]));
 }
 
 template <class S, class L, Mode mode>
@@ -232,7 +259,7 @@ void gemv_blocks(const Matrix &w, const Activations &x, std::size_t token, std::
                  float *y, Store store) {
     alignas(64) float scale[max_blocks + slack], tau[max_blocks + slack], fine[2 * max_blocks + slack];
     const std::size_t nb = w.blocks_per_row();
-    const std::size_t rows_at_once = nb == 0 || nb > max_blocks ? 1 : max_blocks / nb;
+    const std::size_t rows_at_once = L::lead != 0 || nb == 0 || nb > max_blocks ? 1 : max_blocks / nb;
     const CodeTable &code_table = code_table_of(w);
     const auto levels = S::template levels<L>(levels_of(w));
     const auto table = S::template codes<L>(code_table);
