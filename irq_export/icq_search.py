@@ -38,11 +38,14 @@ from torch import Tensor
 
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.errors import UsageError
+from irq_runtime import _native
 
 __all__ = ["SIGMA", "SearchConfig", "block_entropy", "plain_entropy", "search_blocks"]
 
 #: 1 / ppf(0.9677083), both in float32 as scipy evaluates them in the released code, inverted in float64.
 SIGMA = 0.5410872368978237
+#: Candidates the native kernel has room for.
+_NATIVE_CANDIDATES = 4096
 #: Fixed-point unit of the entropy: one bit is this many.
 ENTROPY_UNIT = 1 << 40
 
@@ -231,6 +234,23 @@ def _search(blocks: Tensor, config: SearchConfig, book: _Book, pairs_at_once: in
     return scales.gather(1, winner[:, None])[:, 0], taus.gather(1, winner[:, None])[:, 0]
 
 
+def _search_native(blocks: Tensor, config: SearchConfig, book: _Book) -> tuple[Tensor, Tensor]:
+    """The same as :func:`_search`, bit for bit, on the CPU: a C++ kernel over torch's number of threads."""
+    scale, tau = _native.icq_search(
+        blocks.numpy(),
+        book.levels.numpy(),
+        book.midpoints.numpy(),
+        book.zero_code,
+        0.0 if book.half_range is None else float(book.half_range),
+        book.table.numpy(),
+        config.factors(),
+        config.objective == "entropy",
+        config.tie == "first",
+        torch.get_num_threads(),
+    )
+    return torch.from_numpy(scale), torch.from_numpy(tau)
+
+
 def _refit(blocks: Tensor, scale: Tensor, tau: Tensor, book: _Book, with_tau: bool) -> tuple[Tensor, Tensor]:
     """Step 7."""
     codes = _codes(blocks, scale, tau, book)
@@ -263,7 +283,12 @@ def search_blocks(
         scale float32 ``(n,)``, not negative, and tau float32 ``(n,)``.
     """
     book = _book(codebook, blocks.shape[1], blocks.device)
-    scale, tau = _search(blocks, config, book, pairs_at_once) if config.icq else _plain_pair(blocks, book)
+    if not config.icq:
+        scale, tau = _plain_pair(blocks, book)
+    elif blocks.is_cuda or 2 * config.tau_steps >= _NATIVE_CANDIDATES:
+        scale, tau = _search(blocks, config, book, pairs_at_once)
+    else:
+        scale, tau = _search_native(blocks.contiguous(), config, book)
     if not config.icq and with_tau:  # a constant block decodes exactly wherever there is an offset
         constant = (blocks == blocks[:, :1]).all(dim=1)
         scale, tau = scale.masked_fill(constant, 0), torch.where(constant, blocks[:, 0], tau)

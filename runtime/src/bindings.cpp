@@ -45,10 +45,12 @@ Vector levels(const std::string &name) {
 }  // namespace
 
 void bind_engine(nb::module_ &module);   // bindings_engine.cpp
+void bind_icq(nb::module_ &module);      // bindings_icq.cpp
 void bind_kernels(nb::module_ &module);  // bindings_kernels.cpp
 
 NB_MODULE(_native, module) {
     bind_engine(module);
+    bind_icq(module);
     bind_kernels(module);
     module.doc() = "Native kernels of irq_runtime.";
     module.def("levels", &levels, "codebook"_a, "The codebook's float32 levels, as compiled in.");
