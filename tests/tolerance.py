@@ -6,9 +6,9 @@ __all__ = [
     "FOLD_FLOAT32",
     "FOLD_FLOAT64",
     "FOLD_PEFT_LOGITS",
+    "HEADER_SECONDS",
     "KERNEL_EXACT_NMSE",
     "KERNEL_FAST_NMSE",
-    "HEADER_SECONDS",
     "LLAMACPP_FORCED_LOGPROB",
     "MALFORMED_MEMORY_BYTES",
     "MALFORMED_SECONDS",
@@ -65,16 +65,16 @@ HEADER_SECONDS = 1.0
 #: uniform, more where it is subnormal) adds up to 5e-7. Measured 2.22e-5, 7.5e-6, 5e-8.
 NF_IN_Q8_0_NMSE = {"nf4": 2.4e-5, "nf3": 8.2e-6, "nf2": 5e-7}
 
-#: Half the distance from 1 to the next float32. A float32 sum of n products is off by at most
-#: (n + few) * u * sum |terms| (Higham, Accuracy and Stability, section 3.1); "few" covers scale, tau, block sum.
+#: Half the distance from 1 to the next float32. A float32 sum of n products is off by at most (n + few) * u *
+#: sum |terms| (Higham, Accuracy and Stability, section 3.1); "few" covers scale, tau and block sum.
 UNIT_ROUNDOFF = 2.0**-24
 
-#: Exact kernels, output against float64: a sum of n terms of random sign in float32 has a relative mean square
-#: error of about n * u^2 / 3 when one accumulator takes them all (scalar): 2e-12 at n = 1200, 4e-11 at 33000;
-#: with 16 lanes a sixteenth. Measured 1e-13 (scalar, n = 1216).
+#: Exact kernels, output against float64: a float32 sum of m terms of random sign, one after the other, has a
+#: relative mean square error of about m * u^2 / 3. The longest chain is the scalar kernel's: 64 in a block,
+#: then up to 1031 blocks, 1100 * 1.2e-15 = 1.3e-12 / 3 = 4e-13.
 KERNEL_EXACT_NMSE = 1e-12
 
-#: Fast kernels on Gaussian inputs: int8 in groups of 32 has step d = max / 127 and error d^2 / 12; for 32 normal
-#: values E[max^2] = 5.2, so 5.2 / 127^2 / 12 = 2.7e-5; the 8-bit normal-float table adds 1.1e-5
-#: (src/kernels/matrix.cpp). With random codes instead of trained ones a little more.
+#: Fast kernels on Gaussian inputs: int8 in groups of 32 has step d = max / 127 and error d^2 / 12; for 32
+#: normal values E[max^2] = 5.2, so 5.2 / 127^2 / 12 = 2.7e-5; the 8-bit normal-float table adds 1.1e-5
+#: (src/kernels/matrix.cpp), with uniformly random codes up to half as much again.
 KERNEL_FAST_NMSE = 6e-5

@@ -6,10 +6,10 @@ The engine maps its file and never comes through here.
 from __future__ import annotations
 
 import numpy as np
-from irq_formats.blocks import BlockTensor
-from irq_formats.gguf.types import GgmlType
 from numpy.typing import NDArray
 
+from irq_formats.blocks import BlockTensor
+from irq_formats.gguf.types import GgmlType
 from irq_runtime import _native
 
 __all__ = ["block_weight", "stock_weight"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.double_quant import dynamic_map
 from irq_runtime import _native

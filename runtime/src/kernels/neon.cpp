@@ -1,0 +1,9 @@
+// Compiled with -march=armv8.2-a+dotprod; runs only where cpu.cpp says so.
+#include "neon_ops.h"
+#include "simd_gemm.h"
+
+namespace irq {
+
+const KernelTable neon_kernels = {prepare_token<Neon>, decode_rows<Neon>, gemv_rows<Neon>, gemm_rows<Neon>};
+
+}  // namespace irq

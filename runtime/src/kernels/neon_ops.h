@@ -1,0 +1,200 @@
+// The vector operations of AArch64 with the dot-product extension, 4 floats wide.
+//
+// Exact: tbl looks 16 bytes up at once, so a table of floats is four tables, one for each byte of the float
+// (ld4 splits them), and zips put the bytes together again. Fast: sdot takes signed codes.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "block_layout.h"
+
+namespace irq {
+namespace {
+
+struct Neon {
+    using Vec = float32x4_t;
+    static constexpr std::size_t width = 4, tile_rows = 4, tile_tokens = 5;
+
+    static Vec zero() { return vdupq_n_f32(0.0f); }
+    static Vec set1(float v) { return vdupq_n_f32(v); }
+    static Vec load(const float *p) { return vreinterpretq_f32_u8(load16(p)); }
+    static void store(float *p, Vec v) { vst1q_f32(p, v); }
+    static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+    static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+    static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+    static Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
+    static Vec abs(Vec v) { return vabsq_f32(v); }
+    static Vec round(Vec v) { return vrndnq_f32(v); }
+    static float sum(Vec v) { return vaddvq_f32(v); }
+    static float max_of(Vec v) { return vmaxvq_f32(v); }
+    static void store_int8(std::int8_t *p, Vec whole) {
+        const int16x4_t words = vmovn_s32(vcvtnq_s32_f32(whole));
+        const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
+        std::memcpy(p, &bytes, 4);
+    }
+
+    // The first n (any number) of 4 floats, zeros behind them.
+    static Vec load_part(const float *p, std::size_t n) {
+        float some[4] = {};
+        std::memcpy(some, p, (n < 4 ? n : 4) * sizeof(float));
+        return load(some);
+    }
+    // The lanes of `a` past n may hold anything, NaN too.
+    static Vec add_product(Vec a, const float *p, std::size_t n, Vec c) {
+        if (n >= 4) return fma(a, load(p), c);
+        float lanes[4];
+        store(lanes, a);
+        return fma(load_part(lanes, n), load_part(p, n), c);
+    }
+    // a0 a0 a1 a1 ...
+    static void twice(Vec v, Vec out[2]) {
+        out[0] = vzip1q_f32(v, v);
+        out[1] = vzip2q_f32(v, v);
+    }
+
+    static uint8x16_t load16(const void *p) { return vld1q_u8(static_cast<const std::uint8_t *>(p)); }
+    static uint8x8_t load8(const void *p) { return vld1_u8(static_cast<const std::uint8_t *>(p)); }
+
+    static float load_half(const void *p) { return irq::load_f16(p); }
+    static Vec load_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(load8(p))); }
+    static Vec load_bf16(const void *p) {
+        return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(load8(p)), 16));
+    }
+
+    static void expand_f16(const std::uint8_t *half, std::size_t n, float *out) {
+        std::size_t i = 0;
+        for (; i + 4 <= n; i += 4) store(out + i, load_f16(half + 2 * i));
+        for (; i < n; ++i) out[i] = load_half(half + 2 * i);
+    }
+
+    static void expand_dq8(const std::uint8_t *index, std::size_t n, float absmax, float offset, bool round_half,
+                           float *out) {
+        for (std::size_t i = 0; i < n; i += 4) {
+            float mapped[4] = {};
+            for (std::size_t j = 0; j < 4 && i + j < n; ++j) mapped[j] = irq_dynamic_map[index[i + j]];
+            Vec value = add(mul(load(mapped), set1(absmax)), set1(offset));
+            if (round_half) value = vcvt_f32_f16(vcvt_f16_f32(value));
+            store(out + i, value);
+        }
+    }
+
+    // 4 in every byte whose bit is set.
+    static uint8x16_t spread_bits(const std::uint8_t *p) {
+        constexpr std::uint8_t each[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+        const uint8x16_t bytes = vcombine_u8(vdup_n_u8(p[0]), vdup_n_u8(p[1]));
+        return vandq_u8(vtstq_u8(bytes, vld1q_u8(each)), vdupq_n_u8(4));
+    }
+
+    // 64 codes in order: of one block of 64 or two of 32.
+    template <class L>
+    static void unpack(const std::uint8_t *p, uint8x16_t out[4]) {
+        const std::uint8_t *second = p + (L::block == 64 ? 16 : L::stride);
+        if constexpr (L::bits == 8) {
+            const std::uint8_t *parts[4] = {p, p + 16, second, second + 16};
+            for (int i = 0; i < 4; ++i) out[i] = load16(parts[i]);
+        } else if constexpr (L::bits == 4) {
+            const uint8x16_t a = load16(p), b = load16(second), low = vdupq_n_u8(15);
+            constexpr int a_high = L::block == 64 ? 2 : 1, b_low = 3 - a_high;
+            out[0] = vandq_u8(a, low);
+            out[a_high] = vshrq_n_u8(a, 4);
+            out[b_low] = vandq_u8(b, low);
+            out[3] = vshrq_n_u8(b, 4);
+        } else {
+            if constexpr (L::block == 64) {
+                const uint8x16_t a = load16(p);
+                out[0] = a;
+                out[1] = vshrq_n_u8(a, 2);
+                out[2] = vshrq_n_u8(a, 4);
+                out[3] = vshrq_n_u8(a, 6);
+            } else {
+                for (int b = 0; b < 2; ++b) {
+                    const uint8x8_t a = load8(p + L::stride * b);
+                    out[2 * b] = vcombine_u8(a, vshr_n_u8(a, 2));
+                    out[2 * b + 1] = vcombine_u8(vshr_n_u8(a, 4), vshr_n_u8(a, 6));
+                }
+            }
+            for (int i = 0; i < 4; ++i) {
+                out[i] = vandq_u8(out[i], vdupq_n_u8(3));
+                if constexpr (L::bits == 3) {
+                    const std::uint8_t *high = L::block == 64 ? p + 16 + 2 * i : p + L::stride * (i / 2) + 8 + 2 * (i % 2);
+                    out[i] = vorrq_u8(out[i], spread_bits(high));
+                }
+            }
+        }
+    }
+
+    // --- exact ---
+
+    struct Levels {
+        uint8x16x4_t bytes;  // byte b of every level
+    };
+
+    template <class L>
+    static Levels levels(const float *level) {
+        std::uint8_t raw[64] = {};
+        if constexpr (L::bits != 8) std::memcpy(raw, level, sizeof(float) << L::bits);
+        return {vld4q_u8(raw)};
+    }
+
+    template <class L>
+    static void decode(const std::uint8_t *p, const Levels &table, Vec out[16]) {
+        uint8x16_t code[4];
+        unpack<L>(p, code);
+        for (int i = 0; i < 4; ++i, out += 4) {
+            if constexpr (L::bits == 8) {
+                const int8x16_t bytes = vreinterpretq_s8_u8(code[i]);
+                const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+                out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+                out[1] = vcvtq_f32_s32(vmovl_high_s16(low));
+                out[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+                out[3] = vcvtq_f32_s32(vmovl_high_s16(high));
+            } else {
+                uint8x16_t b[4];
+                for (int k = 0; k < 4; ++k) b[k] = vqtbl1q_u8(table.bytes.val[k], code[i]);
+                const uint16x8_t low[2] = {vreinterpretq_u16_u8(vzip1q_u8(b[0], b[1])),
+                                           vreinterpretq_u16_u8(vzip2q_u8(b[0], b[1]))};
+                const uint16x8_t high[2] = {vreinterpretq_u16_u8(vzip1q_u8(b[2], b[3])),
+                                            vreinterpretq_u16_u8(vzip2q_u8(b[2], b[3]))};
+                for (int k = 0; k < 2; ++k) {
+                    out[2 * k] = vreinterpretq_f32_u16(vzip1q_u16(low[k], high[k]));
+                    out[2 * k + 1] = vreinterpretq_f32_u16(vzip2q_u16(low[k], high[k]));
+                }
+            }
+        }
+    }
+
+    // --- fast ---
+
+    struct Codes {
+        int8x16_t table;
+    };
+
+    template <class L>
+    static Codes codes(const CodeTable &table) {
+        return {vreinterpretq_s8_u8(vsubq_u8(load16(table.code), vdupq_n_u8(table.bias)))};
+    }
+
+    static float code_offset(const CodeTable &table) {
+        return table.offset + table.step * static_cast<float>(table.bias);
+    }
+
+    // total + scale[0] * (codes . x) of the first 32 and scale[1] * (codes . x) of the second.
+    template <class L>
+    static Vec dot(const std::uint8_t *p, const Codes &codes, const std::int8_t *x, const float *scale, Vec total) {
+        uint8x16_t code[4];
+        unpack<L>(p, code);
+        for (int i = 0; i < 2; ++i) {
+            int32x4_t products = vdupq_n_s32(0);
+            for (int k = 2 * i; k < 2 * i + 2; ++k) {
+                const int8x16_t weight =
+                    L::bits == 8 ? vreinterpretq_s8_u8(code[k]) : vqtbl1q_s8(codes.table, code[k]);
+                products = vdotq_s32(products, weight, vld1q_s8(x + 16 * k));
+            }
+            total = vfmaq_n_f32(total, vcvtq_f32_s32(products), scale[i]);
+        }
+        return total;
+    }
+};
+
+}  // namespace
+}  // namespace irq

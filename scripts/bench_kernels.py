@@ -1,0 +1,131 @@
+"""Speed of the native kernels, one weight at a time: GB/s of weight bytes and GFLOP/s.
+
+    scripts/bench_kernels.py                        the table of runtime/README.md
+    scripts/bench_kernels.py --formats nf4 q4_0 --isas avx512 --tokens 1 --json out.json
+
+Two sizes: `cache` (about 0.5 MiB, stays in L2) shows the kernel, `memory` (about 100 MiB, each product
+reads it anew) shows what decoding a large model sees; beside it stands the rate at which the same number
+of threads only read, measured in the same run. Random codes. All rows of the table are visited in turn,
+`--rounds` times, and the median is shown: a neighbour's burst then hits one round of everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
+from irq_formats.gguf.types import GgmlType
+from irq_runtime import _native
+from irq_runtime.kernels import block_weight, stock_weight
+
+SIZES = {"cache": (256, 4096), "memory": (49152, 4096), "prefill": (1024, 1024)}
+ROW_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32}
+#: name: (codebook, block size, storage of scale and of tau)
+BLOCKS = {
+    **{name: (name, 64, "dq8", "dq8") for name in ("nf4", "nf3", "nf2", "int4", "int3", "int2")},
+    "nf4/32": ("nf4", 32, "dq8", "dq8"),
+    "nf4 f16": ("nf4", 64, "f16", "f16"),
+    "nf4 f32": ("nf4", 64, "f32", "f32"),
+    "int8": ("int8", 32, "f16", "none"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    size: str
+    format: str
+    isa: str
+    mode: str
+    tokens: int
+    threads: int
+    bits_per_weight: float
+    gb_per_s: float
+    gflop_per_s: float
+
+
+def weight_of(name: str, shape: tuple[int, int]) -> _native.Weight:
+    rng = np.random.default_rng(0)
+    rows, columns = shape
+    if name in ROW_BYTES:
+        raw = rng.integers(0, 60, (rows, int(columns * ROW_BYTES[name])), dtype=np.uint8)  # finite halves
+        return stock_weight(raw, GgmlType[name.upper()], columns)
+    spec = BlockSpec(*BLOCKS[name])
+    parts = {}
+    for part, (dtype, size) in part_layout(spec, shape).items():
+        integers = dtype in (np.uint8, np.int8)
+        parts[part] = rng.integers(0, 256, size, dtype=np.uint8).view(dtype) if integers else np.full(size, 0.01, dtype)
+    return block_weight(BlockTensor(spec, shape, parts))
+
+
+def seconds(weight: _native.Weight, tokens: int, mode: str, threads: int, least: float) -> float:
+    """Seconds per product: repeats until `least` seconds have passed; the slowest thread counts."""
+    repeats = 1
+    while True:
+        passed = max(weight.time(tokens, mode, repeats, threads))
+        if passed >= least or repeats >= 1 << 20:
+            return passed / repeats
+        repeats = max(repeats + 1, int(repeats * 1.2 * least / max(passed, 1e-9)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=[*BLOCKS, *ROW_BYTES])
+    parser.add_argument("--isas", nargs="+", default=["avx512", "avx2", "neon", "scalar"])
+    parser.add_argument("--modes", nargs="+", default=["exact", "fast"])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.01, help="least time of one measurement")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    isas = [isa for isa in args.isas if _native.isa_supported(isa)]
+    rows: list[Row] = []
+    started = time.perf_counter()
+    for size in args.sizes:
+        shape = SIZES[size]
+        for threads in args.threads:
+            ceilings: list[float] = []
+            measured: dict[tuple[str, str, str, int], list[float]] = {}
+            weights = {name: weight_of(name, shape) for name in args.formats}
+            for _ in range(args.rounds):
+                ceilings.append(1e-9 * _native.read_bandwidth(threads, 256 << 20, 1))
+                for name, weight in weights.items():
+                    for isa in isas:
+                        _native.set_isa(isa)
+                        for mode in args.modes:
+                            for tokens in args.tokens:
+                                key = (name, isa, mode, tokens)
+                                taken = seconds(weight, tokens, mode, threads, args.seconds)
+                                measured.setdefault(key, []).append(taken)
+            ceiling = median(ceilings)
+            if size == "memory":
+                rows.append(Row(size, "read only", "-", "-", 0, threads, 0.0, ceiling, 0.0))
+            for (name, isa, mode, tokens), times in measured.items():
+                nbytes, weights_count = weights[name].nbytes, shape[0] * shape[1]
+                took = min(times)
+                gflop = 2e-9 * weights_count * tokens / took
+                bits = 8 * nbytes / weights_count
+                rows.append(Row(size, name, isa, mode, tokens, threads, bits, 1e-9 * nbytes / took, gflop))
+    print(f"{'size':7}{'format':10}{'isa':8}{'mode':7}{'tokens':>6}{'threads':>8}{'bpw':>7}{'GB/s':>8}{'GFLOP/s':>9}")
+    for r in rows:
+        print(
+            f"{r.size:7}{r.format:10}{r.isa:8}{r.mode:7}{r.tokens:6}{r.threads:8}"
+            f"{r.bits_per_weight:7.2f}{r.gb_per_s:8.2f}{r.gflop_per_s:9.1f}"
+        )
+    print(f"{time.perf_counter() - started:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
