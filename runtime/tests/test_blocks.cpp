@@ -1,5 +1,5 @@
 // Holds every instruction set of this machine to the golden vectors of formats/vectors/blocks, bit for bit.
-//   test_blocks DIRECTORY   (layout of a vector file: formats/vectors/README.md)
+//   test_blocks DIRECTORY   (layout of a vector file: formats/README.md)
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
