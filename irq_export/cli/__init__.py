@@ -18,6 +18,8 @@ _VERBS = {
     "to-gguf": ("to_gguf", "Pack a checkpoint into GGUF, bit for bit."),
     "inspect": ("inspect", "Show what a GGUF file or a checkpoint holds."),
     "run": ("run", "Generate text from a GGUF file."),
+    "bench": ("bench", "Measure the speed of a GGUF file."),
+    "perplexity": ("perplexity", "Measure how well a GGUF file predicts a text."),
     "verify": ("verify", "Prove that an exported file computes what the checkpoint computes."),
 }
 

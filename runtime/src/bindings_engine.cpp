@@ -1,16 +1,16 @@
 // irq_runtime._native.Engine and Sequence: the engine under Python's exceptions and without its lock.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <vector>
 
+#include "irq/bandwidth.h"
 #include "irq/engine.h"
 #include "irq/error.h"
 
@@ -104,6 +104,13 @@ std::vector<std::string> check_gguf(const std::string &path, bool is_model) {
     return names;
 }
 
+double read_bandwidth(unsigned threads, std::size_t size, int passes) {
+    if (threads < 1 || threads > 256) throw irq::Error(irq::Fault::usage, "threads out of range", "", "1 to 256");
+    nb::gil_scoped_release unlocked;
+    irq::ThreadPool pool(threads);
+    return irq::read_bandwidth(pool, size, passes);
+}
+
 }  // namespace
 
 void bind_engine(nb::module_ &module);
@@ -134,6 +141,8 @@ void bind_engine(nb::module_ &module) {
         .def("step_each", &step_each, "sequences"_a, "tokens"_a,
              "Append one token to each of several sequences; logits float32 (n, vocab_size).");
 
+    module.def("read_bandwidth", &read_bandwidth, "threads"_a, "size"_a, "passes"_a,
+               "Bytes per second that `threads` read from a buffer of `size` bytes, best of `passes`.");
     module.def("check_gguf", &check_gguf, "path"_a, "is_model"_a = false,
                "Check a GGUF file as the engine's loader does, and with is_model its model description; "
                "return the names of its tensors, sorted.");

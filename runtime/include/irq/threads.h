@@ -11,9 +11,10 @@
 
 namespace irq {
 
-// `run` hands one function to all threads and returns when all have finished; between two runs only the
-// caller's code runs. Waiting threads spin for some microseconds (the gap between two matrices), then
-// sleep (the gap between two tokens). Bodies must not throw. Not usable in a forked child.
+// `for_each` shares work out and returns when it is done; between two calls only the caller's code runs.
+// Waiting threads spin for some microseconds (the gap between two matrices), then sleep (the gap between
+// two tokens). A worker the system does not let run is not waited for: the caller does the work itself,
+// so a crowded machine slows the engine down only by its share. Not usable in a forked child.
 class ThreadPool {
 public:
     explicit ThreadPool(unsigned threads);  // the caller is one of them
@@ -23,13 +24,8 @@ public:
 
     unsigned size() const { return static_cast<unsigned>(workers_.size()) + 1; }
 
-    // body(thread) on every thread, 0 being the caller's.
-    template <typename Body>
-    void run(const Body &body) {
-        run_erased([](const void *b, unsigned thread) { (*static_cast<const Body *>(b))(thread); }, &body);
-    }
-
-    // body(item, thread) for every item in [0, count), handed out in order to whoever is free.
+    // body(item, thread) for every item in [0, count), handed out in order to whoever is free; the
+    // caller is thread 0. The body must not throw.
     template <typename Body>
     void for_each(std::size_t count, const Body &body) {
         if (count <= 1 || workers_.empty()) {
@@ -37,30 +33,33 @@ public:
             return;
         }
         next_.store(0, std::memory_order_relaxed);
-        run([&](unsigned thread) {
+        const auto take_all = [&](unsigned thread) {
             for (;;) {
                 const std::size_t item = next_.fetch_add(1, std::memory_order_relaxed);
                 if (item >= count) return;
                 body(item, thread);
             }
-        });
+        };
+        using TakeAll = decltype(take_all);
+        run([](const void *b, unsigned thread) { (*static_cast<const TakeAll *>(b))(thread); }, &take_all);
     }
 
 private:
     using Function = void (*)(const void *body, unsigned thread);
 
-    void run_erased(Function function, const void *body);
+    void run(Function function, const void *body);
     void work(unsigned thread);
 
     std::vector<std::thread> workers_;
     Function function_ = nullptr;
     const void *body_ = nullptr;
-    bool stop_ = false;
-    alignas(64) std::atomic<std::uint32_t> epoch_{0};    // counts runs
-    alignas(64) std::atomic<std::uint32_t> running_{0};  // workers not yet finished
-    alignas(64) std::atomic<std::size_t> next_{0};       // of for_each
-    std::atomic<std::uint32_t> sleepers_{0};             // workers asleep or about to be
-    std::atomic<bool> caller_sleeps_{false};
+    // The gate to the work: number of the run (high half), whether workers may join it (`open`), and how
+    // many have joined and not left.
+    static constexpr std::uint64_t run_unit = std::uint64_t{1} << 32, open = std::uint64_t{1} << 31;
+    alignas(64) std::atomic<std::uint64_t> gate_{0};
+    alignas(64) std::atomic<std::size_t> next_{0};  // item
+    alignas(64) std::atomic<std::uint32_t> sleepers_{0};  // workers asleep or about to be
+    std::atomic<bool> caller_sleeps_{false}, stop_{false};
     std::mutex mutex_;
     std::condition_variable work_, done_;
 };

@@ -3,7 +3,7 @@
 namespace irq {
 namespace {
 
-constexpr int spins = 4000;  // tens of microseconds
+constexpr int spins = 2000;  // tens of microseconds
 
 void pause() {
 #if defined(__x86_64__)
@@ -29,8 +29,7 @@ ThreadPool::ThreadPool(unsigned threads) {
 }
 
 ThreadPool::~ThreadPool() {
-    stop_ = true;
-    epoch_.fetch_add(1);
+    stop_.store(true);
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         work_.notify_all();
@@ -40,42 +39,44 @@ ThreadPool::~ThreadPool() {
 
 // Going to sleep and waking up are both sequentially consistent "announce, then look": of a sleeper that
 // announces itself and a waker that changes the state, at least one sees the other.
-void ThreadPool::run_erased(Function function, const void *body) {
-    if (workers_.empty()) {
-        function(body, 0);
-        return;
-    }
-    function_ = function;
+void ThreadPool::run(Function function, const void *body) {
+    function_ = function;  // nobody has joined: nobody reads
     body_ = body;
-    running_.store(static_cast<std::uint32_t>(workers_.size()), std::memory_order_relaxed);
-    epoch_.fetch_add(1);
+    gate_.store((gate_.load() / run_unit + 1) * run_unit + open);
     if (sleepers_.load() > 0) {
         const std::lock_guard<std::mutex> lock(mutex_);
         work_.notify_all();
     }
     function(body, 0);
-    const auto finished = [this] { return running_.load() == 0; };
-    if (spin_until(finished)) return;
+    gate_.fetch_sub(open);
+    const auto all_left = [this] { return gate_.load() % open == 0; };
+    if (spin_until(all_left)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     caller_sleeps_.store(true);
-    done_.wait(lock, finished);
+    done_.wait(lock, all_left);
     caller_sleeps_.store(false);
 }
 
 void ThreadPool::work(unsigned thread) {
-    std::uint32_t seen = 0;
+    std::uint64_t last_run = 0;
+    const auto called = [&] {
+        const std::uint64_t gate = gate_.load();
+        return stop_.load() || (gate / run_unit != last_run && (gate & open) != 0);
+    };
     for (;;) {
-        const auto called = [this, seen] { return epoch_.load() != seen; };
         if (!spin_until(called)) {
             std::unique_lock<std::mutex> lock(mutex_);
             sleepers_.fetch_add(1);
             work_.wait(lock, called);
             sleepers_.fetch_sub(1);
         }
-        ++seen;
-        if (stop_) return;
+        if (stop_.load()) return;
+        std::uint64_t gate = gate_.load();
+        if ((gate & open) == 0 || !gate_.compare_exchange_strong(gate, gate + 1)) continue;  // late: look again
+        last_run = gate / run_unit;
         function_(body_, thread);
-        if (running_.fetch_sub(1) == 1 && caller_sleeps_.load()) {
+        const std::uint64_t before = gate_.fetch_sub(1);
+        if (before % open == 1 && (before & open) == 0 && caller_sleeps_.load()) {
             const std::lock_guard<std::mutex> lock(mutex_);
             done_.notify_one();
         }
