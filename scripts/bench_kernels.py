@@ -62,7 +62,9 @@ def weight_of(name: str, shape: tuple[int, int]) -> _native.Weight:
     parts = {}
     for part, (dtype, size) in part_layout(spec, shape).items():
         integers = dtype in (np.uint8, np.int8)
-        parts[part] = rng.integers(0, 256, size, dtype=np.uint8).view(dtype) if integers else np.full(size, 0.01, dtype)
+        parts[part] = (
+            rng.integers(0, 256, size, dtype=np.uint8).view(dtype) if integers else np.full(size, 0.01, dtype)
+        )
     return block_weight(BlockTensor(spec, shape, parts))
 
 
@@ -77,7 +79,9 @@ def seconds(weight: _native.Weight, tokens: int, mode: str, threads: int, least:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--formats", nargs="+", default=[*BLOCKS, *ROW_BYTES])
     parser.add_argument("--isas", nargs="+", default=["avx512", "avx2", "neon", "scalar"])
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"])
@@ -116,7 +120,9 @@ def main() -> None:
                 gflop = 2e-9 * weights_count * tokens / took
                 bits = 8 * nbytes / weights_count
                 rows.append(Row(size, name, isa, mode, tokens, threads, bits, 1e-9 * nbytes / took, gflop))
-    print(f"{'size':7}{'format':10}{'isa':8}{'mode':7}{'tokens':>6}{'threads':>8}{'bpw':>7}{'GB/s':>8}{'GFLOP/s':>9}")
+    print(
+        f"{'size':7}{'format':10}{'isa':8}{'mode':7}{'tokens':>6}{'threads':>8}{'bpw':>7}{'GB/s':>8}{'GFLOP/s':>9}"
+    )
     for r in rows:
         print(
             f"{r.size:7}{r.format:10}{r.isa:8}{r.mode:7}{r.tokens:6}{r.threads:8}"

@@ -58,6 +58,16 @@ enum class Mode : std::uint8_t { exact, fast };
 inline constexpr std::size_t group_size = 32;  // inputs that share one int8 scale
 inline constexpr std::size_t row_tile = 32;    // row ranges for threads are best cut at multiples of this
 
+// One input vector. The last four are null in exact mode.
+struct TokenInput {
+    float *x;                  // (stride,)
+    float *sum;                // (groups,): of x
+    float *scale;              // (groups,): x is about scale * code
+    float *code_sum;           // (groups,): scale * code_total
+    std::int32_t *code_total;  // (groups,): sum of codes
+    std::int8_t *codes;        // (stride,), -127 to 127
+};
+
 // Input vectors ready for products. Rows are padded with zeros to a multiple of 64 columns; groups of
 // 32 columns have their sums beside them, because a block's offset meets its inputs only through their sum.
 class Activations {
@@ -74,7 +84,7 @@ class Activations {
     // max_tokens * max_columns.
     bool prepare(const float *x, std::size_t ldx, std::size_t tokens, std::size_t columns);
     bool reshape(std::size_t tokens, std::size_t columns);
-    void prepare_token(std::size_t token, const float *x);
+    void prepare_token(std::size_t t, const float *x);
 
     std::size_t tokens() const { return tokens_; }
     std::size_t columns() const { return columns_; }
@@ -82,16 +92,11 @@ class Activations {
     std::size_t groups() const { return stride_ / group_size; }
     Mode mode() const { return mode_; }
 
-    const float *x(std::size_t token) const { return x_ + token * stride_; }            // (stride,)
-    const float *sum(std::size_t token) const { return sum_ + token * groups(); }       // (groups,) of x
-    const std::int8_t *codes(std::size_t token) const { return codes_ + token * stride_; }  // fast
-    const float *scale(std::size_t token) const { return scale_ + token * groups(); }       // fast
-    const float *code_sum(std::size_t token) const { return code_sum_ + token * groups(); }  // fast: of scale * codes
+    TokenInput token(std::size_t t) const;
 
   private:
     void *memory_ = nullptr;
-    float *x_ = nullptr, *sum_ = nullptr, *scale_ = nullptr, *code_sum_ = nullptr;
-    std::int8_t *codes_ = nullptr;
+    TokenInput first_ = {};
     std::size_t max_tokens_ = 0, max_stride_ = 0, tokens_ = 0, columns_ = 0, stride_ = 0;
     Mode mode_ = Mode::exact;
 };

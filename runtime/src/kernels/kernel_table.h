@@ -7,8 +7,8 @@
 namespace irq {
 
 struct KernelTable {
-    void (*prepare)(const float *x, std::size_t columns, std::size_t stride, Mode mode, float *padded, float *sum,
-                    std::int8_t *codes, float *scale, float *code_sum);  // one token
+    // Fills `out` from x (columns,); the arrays behind it are `stride` columns long.
+    void (*prepare)(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out);
     void (*dequantize_rows)(const Matrix &w, std::size_t r0, std::size_t r1, float *weight);
     void (*gemv)(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1,
                  float *y, Store store);

@@ -144,18 +144,26 @@ Matrix stock_matrix(Format format, std::size_t rows, std::size_t columns, const 
 
 Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode mode)
     : max_tokens_(max_tokens), max_stride_(padded(max_columns, 64)), mode_(mode) {
-    // Floats: x, then the sums, scales and code sums of the groups; then the int8 codes.
-    const std::size_t per_group = padded(max_tokens * max_stride_ / group_size, 16);
-    const std::size_t floats = max_tokens * max_stride_ + (mode == Mode::fast ? 3 : 1) * per_group;
-    const std::size_t code_bytes = mode == Mode::fast ? max_tokens * max_stride_ : 0;
-    memory_ = ::operator new(padded(4 * floats + code_bytes + alignment, alignment), std::align_val_t{alignment});
-    x_ = static_cast<float *>(memory_);
-    sum_ = x_ + max_tokens * max_stride_;
-    if (mode == Mode::fast) {
-        scale_ = sum_ + per_group;
-        code_sum_ = scale_ + per_group;
-        codes_ = reinterpret_cast<std::int8_t *>(code_sum_ + per_group);
+    // 4-byte values: x, then for every group its sum and in fast mode scale, code sum and code total; codes.
+    const std::size_t values = max_tokens * max_stride_, per_group = padded(values / group_size, 16);
+    const bool fast = mode == Mode::fast;
+    const std::size_t bytes = 4 * (values + (fast ? 4 : 1) * per_group) + (fast ? values : 0);
+    memory_ = ::operator new(padded(bytes + alignment, alignment), std::align_val_t{alignment});
+    first_.x = static_cast<float *>(memory_);
+    first_.sum = first_.x + values;
+    if (fast) {
+        first_.scale = first_.sum + per_group;
+        first_.code_sum = first_.scale + per_group;
+        first_.code_total = reinterpret_cast<std::int32_t *>(first_.code_sum + per_group);
+        first_.codes = reinterpret_cast<std::int8_t *>(first_.code_total + per_group);
     }
+}
+
+TokenInput Activations::token(std::size_t t) const {
+    const std::size_t value = t * stride_, group = t * groups();
+    if (mode_ == Mode::exact) return {first_.x + value, first_.sum + group, nullptr, nullptr, nullptr, nullptr};
+    return {first_.x + value,         first_.sum + group,        first_.scale + group,
+            first_.code_sum + group,  first_.code_total + group, first_.codes + value};
 }
 
 Activations::~Activations() { ::operator delete(memory_, std::align_val_t{alignment}); }
@@ -165,11 +173,7 @@ Activations::Activations(Activations &&other) noexcept { *this = static_cast<Act
 // Swapping leaves the old memory to the other object's destructor.
 Activations &Activations::operator=(Activations &&other) noexcept {
     std::swap(memory_, other.memory_);
-    std::swap(x_, other.x_);
-    std::swap(sum_, other.sum_);
-    std::swap(scale_, other.scale_);
-    std::swap(code_sum_, other.code_sum_);
-    std::swap(codes_, other.codes_);
+    std::swap(first_, other.first_);
     std::swap(max_tokens_, other.max_tokens_);
     std::swap(max_stride_, other.max_stride_);
     std::swap(tokens_, other.tokens_);
@@ -188,15 +192,7 @@ bool Activations::reshape(std::size_t tokens, std::size_t columns) {
     return true;
 }
 
-void Activations::prepare_token(std::size_t token, const float *x) {
-    const std::size_t value = token * stride_, group = token * groups();
-    if (mode_ == Mode::fast) {
-        kernels().prepare(x, columns_, stride_, mode_, x_ + value, sum_ + group, codes_ + value, scale_ + group,
-                          code_sum_ + group);
-    } else {
-        kernels().prepare(x, columns_, stride_, mode_, x_ + value, sum_ + group, nullptr, nullptr, nullptr);
-    }
-}
+void Activations::prepare_token(std::size_t t, const float *x) { kernels().prepare(x, columns_, stride_, token(t)); }
 
 bool Activations::prepare(const float *x, std::size_t ldx, std::size_t tokens, std::size_t columns) {
     if (!reshape(tokens, columns)) return false;

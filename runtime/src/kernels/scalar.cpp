@@ -6,27 +6,27 @@
 namespace irq {
 namespace {
 
-void prepare_token(const float *x, std::size_t columns, std::size_t stride, Mode mode, float *padded,
-                   float *sum, std::int8_t *codes, float *scale, float *code_sum) {
-    for (std::size_t i = 0; i < stride; ++i) padded[i] = i < columns ? x[i] : 0.0f;
+void prepare_token(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
+    for (std::size_t i = 0; i < stride; ++i) out.x[i] = i < columns ? x[i] : 0.0f;
     for (std::size_t g = 0; g < stride / group_size; ++g) {
-        const float *group = padded + g * group_size;
+        const float *group = out.x + g * group_size;
         float total = 0.0f, largest = 0.0f;
         for (std::size_t i = 0; i < group_size; ++i) {
             total += group[i];
             largest = std::fmax(largest, std::fabs(group[i]));
         }
-        sum[g] = total;
-        if (mode == Mode::exact) continue;
+        out.sum[g] = total;
+        if (out.codes == nullptr) continue;
         const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
         int code_total = 0;
         for (std::size_t i = 0; i < group_size; ++i) {
             const int code = static_cast<int>(std::nearbyint(group[i] * inverse));
-            codes[g * group_size + i] = static_cast<std::int8_t>(code);
+            out.codes[g * group_size + i] = static_cast<std::int8_t>(code);
             code_total += code;
         }
-        scale[g] = largest / 127.0f;
-        code_sum[g] = scale[g] * static_cast<float>(code_total);
+        out.scale[g] = largest / 127.0f;
+        out.code_total[g] = code_total;
+        out.code_sum[g] = out.scale[g] * static_cast<float>(code_total);
     }
 }
 
@@ -79,7 +79,7 @@ float dot_exact(const Matrix &w, std::size_t row, const float *x, const float *s
 }
 
 template <class L>
-float dot_fast(const Matrix &w, std::size_t row, const Activations &x, std::size_t token) {
+float dot_fast(const Matrix &w, std::size_t row, const TokenInput &in) {
     const CodeTable &table = code_table_of(w);
     float total = 0.0f;
     for (std::size_t b = 0; b < w.blocks_per_row(); ++b) {
@@ -91,10 +91,10 @@ float dot_fast(const Matrix &w, std::size_t row, const Activations &x, std::size
             for (std::size_t i = 0; i < group_size; ++i) {
                 const unsigned code = code_at<L>(block, (g * group_size + i) % L::block);
                 const int weight = L::bits == 8 ? static_cast<int>(code ^ 0x80u) : table.code[code & 15u];
-                part += weight * x.codes(token)[g * group_size + i];
+                part += weight * in.codes[g * group_size + i];
             }
-            total += scale * table.step * x.scale(token)[g] * static_cast<float>(part);
-            total += scale * table.offset * x.code_sum(token)[g] + tau * x.sum(token)[g];
+            total += scale * table.step * in.scale[g] * static_cast<float>(part);
+            total += scale * table.offset * in.code_sum[g] + tau * in.sum[g];
         }
     }
     return total;
@@ -108,15 +108,15 @@ float dot_float(const Matrix &w, std::size_t row, const float *x) {
 
 void gemv_rows(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
                Store store) {
+    const TokenInput in = x.token(token);
     for (std::size_t row = r0; row < r1; ++row) {
         if (is_float(w.format)) {
-            store_to(y + row, dot_float(w, row, x.x(token)), store);
+            store_to(y + row, dot_float(w, row, in.x), store);
             continue;
         }
         with_layout(w, [&](auto layout) {
             using L = decltype(layout);
-            const float value = x.mode() == Mode::exact ? dot_exact<L>(w, row, x.x(token), x.sum(token))
-                                                        : dot_fast<L>(w, row, x, token);
+            const float value = x.mode() == Mode::exact ? dot_exact<L>(w, row, in.x, in.sum) : dot_fast<L>(w, row, in);
             store_to(y + row, value, store);
         });
     }

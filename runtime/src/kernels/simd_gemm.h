@@ -48,8 +48,8 @@ void panel_times(std::size_t n, const float *panel, const Activations &x, std::s
     constexpr std::size_t T = S::tile_tokens;
     const std::size_t ldx = x.stride();
     std::size_t t = 0;
-    for (; t + T <= x.tokens(); t += T) tile<S, R, T>(n, panel, x.x(t) + c0, ldx, y + t * ldy, ldy, store);
-    if (t < x.tokens()) tile_tail<S, R, T>(x.tokens() - t, n, panel, x.x(t) + c0, ldx, y + t * ldy, ldy, store);
+    for (; t + T <= x.tokens(); t += T) tile<S, R, T>(n, panel, x.token(t).x + c0, ldx, y + t * ldy, ldy, store);
+    if (t < x.tokens()) tile_tail<S, R, T>(x.tokens() - t, n, panel, x.token(t).x + c0, ldx, y + t * ldy, ldy, store);
 }
 
 template <class S>

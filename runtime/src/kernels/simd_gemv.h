@@ -17,31 +17,32 @@ constexpr std::size_t slack = 64;        // floats that vector stores may write 
 constexpr std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 template <class S>
-void prepare_token(const float *x, std::size_t columns, std::size_t stride, Mode mode, float *padded,
-                   float *sum, std::int8_t *codes, float *scale, float *code_sum) {
+void prepare_token(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
     using Vec = typename S::Vec;
     constexpr std::size_t W = S::width, N = group_size / W;
-    std::memcpy(padded, x, columns * sizeof(float));
-    for (std::size_t i = columns; i < stride; ++i) padded[i] = 0.0f;
+    std::memcpy(out.x, x, columns * sizeof(float));
+    for (std::size_t i = columns; i < stride; ++i) out.x[i] = 0.0f;
     for (std::size_t g = 0; g < stride / group_size; ++g) {
         Vec v[N], total = S::zero(), largest = S::zero();
         for (std::size_t i = 0; i < N; ++i) {
-            v[i] = S::load(padded + g * group_size + i * W);
+            v[i] = S::load(out.x + g * group_size + i * W);
             total = S::add(total, v[i]);
             largest = S::max(largest, S::abs(v[i]));
         }
-        sum[g] = S::sum(total);
-        if (mode == Mode::exact) continue;
+        out.sum[g] = S::sum(total);
+        if (out.codes == nullptr) continue;
         const float top = S::max_of(largest);
         const Vec inverse = S::set1(top > 0.0f ? 127.0f / top : 0.0f);
         Vec code_total = S::zero();
         for (std::size_t i = 0; i < N; ++i) {
             const Vec rounded = S::round(S::mul(v[i], inverse));
-            S::store_int8(codes + g * group_size + i * W, rounded);
+            S::store_int8(out.codes + g * group_size + i * W, rounded);
             code_total = S::add(code_total, rounded);  // whole numbers below 2^24: exact
         }
-        scale[g] = top / 127.0f;
-        code_sum[g] = scale[g] * S::sum(code_total);
+        const float whole = S::sum(code_total);
+        out.scale[g] = top / 127.0f;
+        out.code_total[g] = static_cast<std::int32_t>(whole);
+        out.code_sum[g] = out.scale[g] * whole;
     }
 }
 
@@ -182,21 +183,16 @@ void decode_rows(const Matrix &w, std::size_t r0, std::size_t r1, float *weight)
     });
 }
 
-// One input vector, from a group of 32 columns on.
-struct Input {
-    const float *x, *sum, *scale, *code_sum;
-    const std::int8_t *codes;
-};
-
-inline Input input_at(const Activations &a, std::size_t token, std::size_t group) {
-    if (a.mode() == Mode::exact) return {a.x(token) + group * group_size, a.sum(token) + group, {}, {}, {}};
-    return {a.x(token) + group * group_size, a.sum(token) + group, a.scale(token) + group,
-            a.code_sum(token) + group, a.codes(token) + group * group_size};
+// An input from a group of 32 columns on.
+inline TokenInput from_group(const TokenInput &in, std::size_t g) {
+    if (in.codes == nullptr) return {in.x + g * group_size, in.sum + g, nullptr, nullptr, nullptr, nullptr};
+    return {in.x + g * group_size, in.sum + g,        in.scale + g,
+            in.code_sum + g,       in.code_total + g, in.codes + g * group_size};
 }
 
 // What a row owes to sums of inputs, and in fast mode the scale of every group: weight's times input's.
 template <class S, class L, Mode mode>
-typename S::Vec sum_terms(std::size_t blocks, const float *scale, const float *tau, const Input &in, float step,
+typename S::Vec sum_terms(std::size_t blocks, const float *scale, const float *tau, const TokenInput &in, float step,
                           float offset, float *fine) {
     using Vec = typename S::Vec;
     constexpr std::size_t W = S::width, G = L::groups;
@@ -255,8 +251,7 @@ typename S::Vec dot_fast(const std::uint8_t *codes, std::size_t blocks, const fl
 }
 
 template <class S, class L, Mode mode>
-void gemv_blocks(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1,
-                 float *y, Store store) {
+void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size_t r1, float *y, Store store) {
     alignas(64) float scale[max_blocks + slack], tau[max_blocks + slack], fine[2 * max_blocks + slack];
     const std::size_t nb = w.blocks_per_row();
     const std::size_t rows_at_once = L::lead != 0 || nb == 0 || nb > max_blocks ? 1 : max_blocks / nb;
@@ -268,7 +263,7 @@ void gemv_blocks(const Matrix &w, const Activations &x, std::size_t token, std::
         const std::size_t rows = smaller(rows_at_once, r1 - row);
         for (std::size_t b = 0; b < nb || b == 0; b += max_blocks) {
             const std::size_t n = smaller(max_blocks, nb - b), k = row * nb + b;
-            const Input in = input_at(x, token, b * L::groups);
+            const TokenInput in = from_group(x, b * L::groups);
             expand<S, L>(w, k, rows * n, scale, tau);
             scale[rows * n] = 0.0f;  // of the zero block behind an odd last one
             const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + k * L::stride + L::lead;
@@ -313,16 +308,17 @@ void gemv_floats(const Matrix &w, const float *x, std::size_t r0, std::size_t r1
 template <class S>
 void gemv_rows(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
                Store store) {
+    const TokenInput in = x.token(token);
     switch (w.format) {
-        case Format::f32: return gemv_floats<S, Format::f32>(w, x.x(token), r0, r1, y, store);
-        case Format::f16: return gemv_floats<S, Format::f16>(w, x.x(token), r0, r1, y, store);
-        case Format::bf16: return gemv_floats<S, Format::bf16>(w, x.x(token), r0, r1, y, store);
+        case Format::f32: return gemv_floats<S, Format::f32>(w, in.x, r0, r1, y, store);
+        case Format::f16: return gemv_floats<S, Format::f16>(w, in.x, r0, r1, y, store);
+        case Format::bf16: return gemv_floats<S, Format::bf16>(w, in.x, r0, r1, y, store);
         default: break;
     }
     with_layout(w, [&](auto layout) {
         using L = decltype(layout);
-        if (x.mode() == Mode::exact) gemv_blocks<S, L, Mode::exact>(w, x, token, r0, r1, y, store);
-        else gemv_blocks<S, L, Mode::fast>(w, x, token, r0, r1, y, store);
+        if (x.mode() == Mode::exact) gemv_blocks<S, L, Mode::exact>(w, in, r0, r1, y, store);
+        else gemv_blocks<S, L, Mode::fast>(w, in, r0, r1, y, store);
     });
 }
 
