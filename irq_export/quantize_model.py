@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,8 @@ from irq_export.icq import SearchConfig, quantize_rows
 from irq_export.quantize_plan import INT8, QuantizePlan, plan_quantization
 from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
 from irq_formats.checkpoint_writer import checkpoint_writer
-from irq_formats.errors import OutputExists, PreflightRefused, UnsupportedModel, UsageError
+from irq_formats.errors import UnsupportedModel, UsageError
+from irq_formats.preflight import check_dir_target, check_room
 from irq_formats.safetensors_io import DTYPES, SafeTensors, TensorRef
 
 __all__ = ["QuantizeReport", "TensorReport", "quantize"]
@@ -202,23 +202,10 @@ def _device(name: str) -> torch.device:
 
 def _preflight(plan: QuantizePlan, output: Path, overwrite: bool) -> None:
     """Refuse what would fail after minutes of work."""
-    if output.exists() and not overwrite:
-        raise OutputExists(
-            "output exists", where=output, hint="Choose another name, or overwrite with --force"
-        )
     if output.resolve() == plan.path.resolve():
         raise UsageError("output and model are the same directory", where=output)
-    if not output.parent.is_dir():
-        raise UsageError("no such directory", where=output.parent)
-    needed_bytes = plan.output_bytes + _MANIFEST_SLACK_BYTES
-    free_bytes = shutil.disk_usage(output.parent).free
-    if free_bytes < needed_bytes:
-        raise PreflightRefused(
-            "not enough disk space",
-            where=output.parent,
-            expected=f"{needed_bytes} bytes",
-            got=f"{free_bytes} free",
-        )
+    check_dir_target(output, overwrite=overwrite)
+    check_room(output, plan.output_bytes + _MANIFEST_SLACK_BYTES)
 
 
 def _companions(path: Path) -> list[Path]:

@@ -1,14 +1,16 @@
 """Atomic outputs: under its final name a file or directory is either complete or absent.
 
-Bytes go to a hidden sibling ``.NAME.partial-PID-XXXXXXXX`` in the target directory, are fsynced and
-then renamed; the directory entry is fsynced last. Any exception, Ctrl-C and SIGTERM remove the
-partial. A killed process (SIGKILL, power loss) can leave a partial, never a broken target.
+Bytes go to a hidden sibling ``.NAME.partial-PID-XXXXXXXX`` in the target directory, are fsynced and then
+renamed; the directory entry is fsynced last. Missing parent directories are created. Any exception, Ctrl-C
+and SIGTERM remove the partial, and the parents that were created for it. A killed process (SIGKILL, power
+loss) can leave a partial, never a broken target.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import shutil
@@ -21,7 +23,7 @@ from types import FrameType
 from typing import BinaryIO, TypeVar
 
 from irq_formats.errors import OutputExists, PreflightRefused, UsageError
-from irq_formats.manifest import MANIFEST_NAME
+from irq_formats.preflight import check_dir_target, check_file_target, is_real_dir
 
 __all__ = ["atomic_dir", "atomic_file"]
 
@@ -36,24 +38,21 @@ def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Binary
     """Open a new binary file that appears at ``path`` only when the block ends without an error.
 
     Args:
-        path: Final name; its directory must exist. A symbolic link there is replaced itself, never
-            written through.
+        path: Final name. A symbolic link there is replaced itself, never written through.
         overwrite: Replace an existing file.
 
     Yields:
         A writable, seekable binary file.
 
     Raises:
-        OutputExists: ``path`` exists and ``overwrite`` is false, or ``path`` is a directory.
+        OutputExists: ``path`` exists and ``overwrite`` is false, or it is no file.
         PreflightRefused: The disk ran full.
-        UsageError: The directory is missing or not writable.
+        UsageError: The directory is not writable.
     """
     target = Path(path)
-    _check_target(target, overwrite)
-    if _is_real_dir(target):
-        raise OutputExists("is a directory, a file was to be written", where=target)
+    check_file_target(target, overwrite=overwrite)
     partial = _partial_name(target)
-    with _sigterm_raises(), _removed_on_error(partial, target):
+    with _sigterm_raises(), _parents(target), _removed_on_error(partial, target):
         with _create(partial, target) as file:
             yield file
             file.flush()
@@ -70,9 +69,9 @@ def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a new directory that appears at ``path`` only when the block ends without an error.
 
     Args:
-        path: Final name; its parent must exist.
+        path: Final name.
         overwrite: Replace an existing directory. To keep a slip from deleting anything else, the
-            old directory must be empty or carry a ``manifest.json``.
+            old directory must be empty or carry a ``manifest.json`` that lists every file in it.
 
     Yields:
         The temporary directory to write into.
@@ -80,14 +79,12 @@ def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputExists: ``path`` exists and ``overwrite`` is false, or must not be replaced.
         PreflightRefused: The disk ran full.
-        UsageError: The parent directory is missing or not writable.
+        UsageError: The parent directory is not writable.
     """
     target = Path(path)
-    _check_target(target, overwrite)
-    if os.path.lexists(target):
-        _check_replaceable(target)
+    check_dir_target(target, overwrite=overwrite)
     partial = _partial_name(target)
-    with _sigterm_raises(), _removed_on_error(partial, target):
+    with _sigterm_raises(), _parents(target), _removed_on_error(partial, target):
         _make(partial.mkdir, target)
         yield partial
         _fsync_tree(partial)
@@ -96,32 +93,6 @@ def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         else:
             _rename_new(partial, target)
         _fsync_dir(target.parent)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.name in {"", "..", "."} or "\0" in target.name:
-        raise UsageError("names no file", where=repr(str(target)))
-    if os.path.lexists(target) and not overwrite:
-        raise OutputExists(
-            "output exists", where=target, hint="Choose another name, or overwrite it with --force"
-        )
-
-
-def _check_replaceable(target: Path) -> None:
-    """A directory is only replaced when nothing but our own work can be lost."""
-    if not _is_real_dir(target):
-        raise OutputExists("exists and is not a directory", where=target)
-    if any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
-        raise OutputExists(
-            f"holds files but no {MANIFEST_NAME}, so it is not replaced",
-            where=target,
-            hint="Remove it yourself, or choose another name",
-        )
-
-
-def _is_real_dir(path: Path) -> bool:
-    """Whether it is a directory and no link to one; false for a name the system does not take."""
-    return os.path.isdir(path) and not os.path.islink(path)  # noqa: PTH112, PTH114
 
 
 def _partial_name(target: Path) -> Path:
@@ -181,11 +152,27 @@ def _swap_dirs(partial: Path, target: Path) -> None:
 
 
 @contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Create the directories above ``target``; remove those again if nothing came of it."""
+    missing = [parent for parent in target.parents if not os.path.lexists(parent)]  # innermost first
+    try:
+        for directory in reversed(missing):
+            _make(functools.partial(directory.mkdir, exist_ok=True), target)
+            _fsync_dir(directory.parent)
+        yield
+    except BaseException:
+        for directory in missing:
+            with contextlib.suppress(OSError):  # not ours alone any more
+                directory.rmdir()
+        raise
+
+
+@contextmanager
 def _removed_on_error(partial: Path, target: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if _is_real_dir(partial):
+        if is_real_dir(partial):
             shutil.rmtree(partial, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):

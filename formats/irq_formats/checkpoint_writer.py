@@ -164,7 +164,7 @@ def checkpoint_writer(
     """Write a checkpoint that appears at ``path`` only when complete.
 
     Args:
-        path: The final directory; its parent must exist.
+        path: The final directory.
         overwrite: Replace an existing checkpoint.
         shard_bytes: Bytes of tensors per safetensors file.
 

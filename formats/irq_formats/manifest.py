@@ -16,7 +16,14 @@ from irq_formats.errors import MalformedFile, UsageError
 from irq_formats.files import FixedFile, open_fixed
 from irq_formats.strict_json import parse_object
 
-__all__ = ["MANIFEST_FORMAT", "MANIFEST_NAME", "MANIFEST_VERSION", "check_manifest", "write_manifest"]
+__all__ = [
+    "MANIFEST_FORMAT",
+    "MANIFEST_NAME",
+    "MANIFEST_VERSION",
+    "check_manifest",
+    "unlisted_files",
+    "write_manifest",
+]
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = "irq-manifest"
@@ -79,6 +86,27 @@ def check_manifest(directory: str | Path) -> dict[str, object]:
             missing, of another size or with another hash.
     """
     directory = Path(directory)
+    manifest, files = _read(directory)
+    for name, entry in files.items():
+        _check_entry(directory, name, entry, where=directory / MANIFEST_NAME)
+    return manifest
+
+
+def unlisted_files(directory: str | Path) -> list[str]:
+    """Return the names of the files below ``directory`` that its manifest does not list, sorted.
+
+    Raises:
+        MalformedFile: No manifest or a malformed one.
+    """
+    directory = Path(directory)
+    listed = _read(directory)[1]
+    paths = (path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink())
+    names = (path.relative_to(directory).as_posix() for path in paths)
+    return sorted(name for name in names if name not in listed and name != MANIFEST_NAME)
+
+
+def _read(directory: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """Return the manifest and its entries by file name."""
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise MalformedFile(
@@ -103,9 +131,7 @@ def check_manifest(directory: str | Path) -> dict[str, object]:
         raise MalformedFile(
             "wrong keys", where=path, expected="format, version, files, extra", got=sorted(manifest)
         )
-    for name, entry in files.items():
-        _check_entry(directory, name, entry, where=path)
-    return manifest
+    return manifest, files
 
 
 def _check_entry(directory: Path, name: str, entry: object, *, where: Path) -> None:

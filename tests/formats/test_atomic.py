@@ -19,6 +19,7 @@ import pytest
 from irq_formats import atomic
 from irq_formats.atomic import atomic_dir, atomic_file
 from irq_formats.errors import OutputExists, PreflightRefused, UsageError
+from irq_formats.manifest import write_manifest
 
 
 def names(directory: Path) -> list[str]:
@@ -34,7 +35,7 @@ def write_dir(path: Path, *, overwrite: bool = False) -> None:
     with atomic_dir(path, overwrite=overwrite) as directory:
         (directory / "sub").mkdir()
         (directory / "sub" / "x").write_bytes(b"new")
-        (directory / "manifest.json").write_text("{}")
+        write_manifest(directory)
 
 
 class TestFile:
@@ -114,12 +115,30 @@ class TestFile:
             file.write(b"late")
         assert names(tmp_path) == ["x", "y"]
 
-    @pytest.mark.parametrize("path", ["missing/x", "file/x", "x\0y", "n" * 300])
+    @pytest.mark.parametrize(
+        "path", ["file/x", "file/y/x", "x\0y", "d\0/x", "..", "n" * 300, "new/" + "n" * 300]
+    )
     def test_impossible_place(self, tmp_path: Path, path: str) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(UsageError):
             write(tmp_path / path)
         assert names(tmp_path) == ["file"]
+
+    def test_parents_are_created_and_removed_with_the_partial(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError), atomic_file(tmp_path / "a" / "b" / "x") as file:
+            assert names(tmp_path / "a") == ["b"]
+            file.write(b"new")
+            raise ValueError
+        assert names(tmp_path) == []
+        write(tmp_path / "a" / "b" / "x")
+        assert (tmp_path / "a" / "b" / "x").read_bytes() == b"new"
+
+    def test_device_or_pipe_is_not_replaced(self, tmp_path: Path) -> None:
+        """As root, ``-o /dev/null --force`` would break the machine."""
+        os.mkfifo(tmp_path / "x")
+        with pytest.raises(OutputExists, match="not a regular file"):
+            write(tmp_path / "x", overwrite=True)
+        assert (tmp_path / "x").is_fifo()
 
     def test_read_only_directory(self) -> None:
         with pytest.raises(UsageError):  # not even root may create files here
@@ -210,6 +229,7 @@ class TestDir:
     def test_replaces_its_own_kind(self, tmp_path: Path) -> None:
         write_dir(tmp_path / "d")
         (tmp_path / "d" / "old").touch()
+        write_manifest(tmp_path / "d")
         with pytest.raises(OutputExists):
             write_dir(tmp_path / "d")
         write_dir(tmp_path / "d", overwrite=True)
@@ -224,6 +244,7 @@ class TestDir:
         """The k-th rename fails, or Ctrl-C comes just before it."""
         write_dir(tmp_path / "d")
         (tmp_path / "d" / "old").touch()
+        write_manifest(tmp_path / "d")
         calls, rename = iter(range(100)), Path.rename
 
         def fail(path: Path, target: Path) -> Path:
@@ -257,6 +278,22 @@ class TestDir:
                 write_dir(tmp_path / name, overwrite=True)
         assert (tmp_path / "home" / "thesis").exists()
         assert names(tmp_path) == ["file", "home", "link"]
+
+    def test_never_deletes_what_was_put_beside_its_own_files(self, tmp_path: Path) -> None:
+        """A trained adapter in the checkpoint, say."""
+        write_dir(tmp_path / "d")
+        (tmp_path / "d" / "adapter").mkdir()
+        (tmp_path / "d" / "adapter" / "weights").write_bytes(b"a night of training")
+        with pytest.raises(OutputExists, match="adapter/weights"):
+            write_dir(tmp_path / "d", overwrite=True)
+        assert (tmp_path / "d" / "adapter" / "weights").exists()
+
+    def test_parents_are_created_and_removed_with_the_partial(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError), atomic_dir(tmp_path / "a" / "b" / "d"):
+            raise ValueError
+        assert names(tmp_path) == []
+        write_dir(tmp_path / "a" / "b" / "d")
+        assert names(tmp_path / "a" / "b" / "d") == ["manifest.json", "sub"]
 
     def test_two_writers_of_one_target(self, tmp_path: Path) -> None:
         with pytest.raises(OutputExists, match="appeared"), atomic_dir(tmp_path / "d") as late:

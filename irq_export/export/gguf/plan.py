@@ -5,8 +5,6 @@ A plan is made from headers alone. It is what ``--dry-run`` prints and what the 
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 
 from irq_export.export.gguf.tensors import ExportTensor
-from irq_formats.errors import IrqError, OutputExists, PreflightRefused, UsageError
+from irq_formats.errors import IrqError, UsageError
 from irq_formats.gguf import GgufValue, file_bytes
+from irq_formats.preflight import check_dir_target, check_file_target, check_room
 
 __all__ = ["Plan", "PlannedFile", "check_complete", "preflight", "skip_lines"]
 
@@ -90,7 +89,7 @@ class Plan:
 
     def path(self, file: PlannedFile) -> Path:
         """Return where a file ends up."""
-        return self.output / file.name if self.is_directory else self.output.with_name(file.name)
+        return self.output / file.name if self.is_directory else self.output.parent / file.name
 
     def to_dict(self) -> dict[str, object]:
         """Return the plan for ``--json`` (schema ``formats/schema/plan.schema.json``)."""
@@ -177,29 +176,17 @@ def preflight(plan: Plan, inputs: Iterable[Path], *, overwrite: bool) -> None:
         overwrite: Whether existing outputs may be replaced.
 
     Raises:
-        OutputExists: An output is there and ``overwrite`` is false.
-        UsageError: The directory of the output does not exist, or an input would be overwritten.
+        OutputExists: An output is there and ``overwrite`` is false, or must not be replaced.
+        UsageError: The output has no name, or an input would be overwritten.
         PreflightRefused: The disk has less room than the files need.
     """
     outputs = [plan.output] if plan.is_directory else [plan.path(file) for file in plan.files]
-    for path in outputs:
-        if os.path.lexists(path) and not overwrite:
-            raise OutputExists(
-                "output exists", where=path, hint="Choose another name, or overwrite it with --force"
-            )
     for directory in inputs:
         source = directory.resolve()
         for path in (path.resolve() for path in outputs):
             if source.is_relative_to(path) or (path.is_relative_to(source) and path.exists()):
                 raise UsageError("the output would overwrite the input", where=path, got=directory)
-    parent = plan.output.parent
-    if not parent.is_dir():
-        raise UsageError("no such directory", where=parent)
-    free_bytes = shutil.disk_usage(parent).free
-    if free_bytes < plan.nbytes + _DISK_MARGIN_BYTES:
-        raise PreflightRefused(
-            "not enough disk space; nothing was written",
-            where=parent,
-            expected=f"{plan.nbytes + _DISK_MARGIN_BYTES:,} bytes free",
-            got=f"{free_bytes:,}",
-        )
+    for path in outputs:
+        check = check_dir_target if plan.is_directory else check_file_target
+        check(path, overwrite=overwrite)
+    check_room(plan.output, plan.nbytes + _DISK_MARGIN_BYTES)
