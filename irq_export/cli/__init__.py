@@ -20,6 +20,7 @@ _VERBS = {
     "run": ("run", "Generate text from a GGUF file."),
     "bench": ("bench", "Measure the speed of a GGUF file."),
     "perplexity": ("perplexity", "Measure how well a GGUF file predicts a text."),
+    "serve": ("serve", "Serve a GGUF file over OpenAI's protocol."),
     "verify": ("verify", "Prove that an exported file computes what the checkpoint computes."),
 }
 
@@ -37,6 +38,18 @@ class LazyGroup(click.Group):
             return None
         command = import_module(f"irq_export.cli.{_VERBS[cmd_name][0]}").command
         return command if isinstance(command, click.Command) else None
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a verb; with ``--json``, a call that click refuses is a JSON document on stdout too."""
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as error:
+            if as_json:
+                from irq_export.cli.common import emit
+
+                emit({"error": {"code": "usage", "message": error.format_message()}}, "", as_json=True)
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs without importing them."""

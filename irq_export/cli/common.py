@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 from rich.console import Console
 
-from irq_formats.errors import IrqError
+from irq_formats.errors import IrqError, UsageError
 
 __all__ = ["console", "emit", "force_option", "json_option", "progress", "verb"]
 
@@ -28,6 +28,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: Schema name of every JSON document on stdout.
 SCHEMA = "irq.export/1"
+
+#: Packages that the base install does not have, and the extra that brings them.
+_EXTRAS = {"torch": "train", "transformers": "train", "accelerate": "train", "xllamacpp": "llamacpp"}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 force_option = click.option("--force", "overwrite", is_flag=True, help="Replace an existing output.")
@@ -48,21 +51,42 @@ def verb(function: F) -> F:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        as_json = bool(kwargs.get("as_json"))
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             return function(*args, **kwargs)
         except IrqError as error:
-            if kwargs.get("as_json"):
-                emit({"error": error.to_dict()}, "", as_json=True)
-            console().print(f"error: {error}", style="red", markup=False)
-            sys.exit(error.exit_code)
+            _fail(error, as_json=as_json)
         except KeyboardInterrupt:
-            console().print("interrupted; nothing was left behind", markup=False)
+            console().print("interrupted; unfinished outputs were removed", markup=False)
             sys.exit(130)
+        except BrokenPipeError:  # the reader of stdout has seen enough: click's affair
+            raise
+        except OSError as error:
+            message = error.strerror or str(error)
+            _fail(IrqError(message, where=error.filename), as_json=as_json)
+        except ModuleNotFoundError as error:
+            if error.name not in _EXTRAS:
+                raise
+            hint = f'Install it with: pip install "irq-export[{_EXTRAS[error.name]}]"'
+            _fail(UsageError(f"this needs {error.name}, which is not installed", hint=hint), as_json=as_json)
+        except Exception as error:  # a bug: the traceback is for its report
+            if as_json:
+                text = f"{type(error).__name__}: {error}"
+                emit({"error": IrqError(text, hint="Please report this bug").to_dict()}, "", as_json=True)
+            raise
         finally:
             signal.signal(signal.SIGTERM, previous)
 
     return run  # type: ignore[return-value]
+
+
+def _fail(error: IrqError, *, as_json: bool) -> NoReturn:
+    """Say what went wrong and exit."""
+    if as_json:
+        emit({"error": error.to_dict()}, "", as_json=True)
+    console().print(f"error: {error}", style="red", markup=False)
+    sys.exit(error.exit_code)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

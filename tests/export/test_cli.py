@@ -92,6 +92,53 @@ def test_errors_become_exit_codes_and_json(kind: type[errors.IrqError], repo: Pa
     assert "\x1b" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [["nonsense", "--json"], ["run", "--json"], ["quantize", "x", "--json", "--codebook", "nf5"]]
+)
+def test_refused_calls_are_json_too(arguments: list[str], repo: Path) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    document = json.loads(result.stdout)
+    schema = json.loads((repo / "formats" / "schema" / "error.schema.json").read_text())
+    jsonschema.validate(document, schema)
+    assert document["error"]["code"] == "usage"
+    assert "Usage:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "message"),
+    [
+        (PermissionError(13, "Permission denied", "secret"), 1, "error: secret: Permission denied"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 2, 'pip install "irq-export[train]"'),
+    ],
+)
+def test_failures_of_the_machine_have_no_traceback(error: Exception, exit_code: int, message: str) -> None:
+    @click.command("fail")
+    @json_option
+    @verb
+    def fail(as_json: bool) -> None:
+        raise error
+
+    result = CliRunner().invoke(fail, ["--json"])
+    assert result.exit_code == exit_code
+    assert message in result.stderr.replace("\n", " ")
+    assert isinstance(result.exception, SystemExit)
+    assert json.loads(result.stdout)["error"]["message"]
+
+
+def test_bugs_keep_their_traceback() -> None:
+    @click.command("fail")
+    @json_option
+    @verb
+    def fail(as_json: bool) -> None:
+        raise ZeroDivisionError("oops")
+
+    result = CliRunner().invoke(fail, ["--json"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert json.loads(result.stdout)["error"]["code"] == "internal"
+
+
 def test_interrupt_is_130() -> None:
     @click.command("stop")
     @verb
