@@ -20,14 +20,16 @@ _PATH = click.Path(path_type=Path)
 @click.option("--against", required=True, type=_PATH, help="The checkpoint the file was made from.")
 @click.option("--adapter", type=_PATH, help="PEFT adapter directory (default: the checkpoint's own).")
 @click.option("--adapter-gguf", type=_PATH, help="A separate adapter file that belongs to FILE.")
-@click.option("--runtime", "runtimes", multiple=True, help="reference, llama.cpp; repeatable (default: all).")
+@click.option(
+    "--runtime", "runtimes", multiple=True, help="reference, llama.cpp, native; repeatable (default: all)."
+)
 @click.option("--text", type=_PATH, help="UTF-8 text to evaluate on (default: a passage of our own).")
 @click.option("--positions", default=256, show_default=True, type=click.IntRange(2), help="Tokens of it.")
 @click.option("--greedy", default=64, show_default=True, type=click.IntRange(0), help="Tokens to generate.")
 @click.option(
     "--scale", "adapter_scale", default=1.0, show_default=True, help="Adapter scale in the runtimes."
 )
-@click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Threads of llama.cpp.")
+@click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Compute threads.")
 @click.option("--report", type=_PATH, help="Write the JSON report here too.")
 @click.option("--junit", type=_PATH, help="Write JUnit XML here.")
 @json_option

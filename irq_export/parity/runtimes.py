@@ -15,9 +15,10 @@ from irq_export.iec import attach
 from irq_export.parity.llamacpp import LlamaCpp
 from irq_export.quantizer import load_model
 from irq_formats.adapter import Adapter
+from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model as load_reference
 
-__all__ = ["LlamaCppRuntime", "ReferenceRuntime", "Runtime", "TorchRuntime"]
+__all__ = ["LlamaCppRuntime", "NativeRuntime", "ReferenceRuntime", "Runtime", "TorchRuntime"]
 
 Tokens = Sequence[int] | NDArray[np.integer]
 
@@ -97,6 +98,48 @@ class ReferenceRuntime:
         step = list(tokens)
         for _ in range(count):
             step = [int(self._model.step(step, cache)[-1].argmax())]
+            found += step
+        return found
+
+
+class NativeRuntime:
+    """The C++ engine.
+
+    Args:
+        model: A GGUF file.
+        adapter: An adapter GGUF, or None.
+        adapter_scale: The user's scale of the adapter.
+        mode: ``exact`` or ``fast``.
+        threads: Compute threads.
+        context: Longest sequence, in tokens.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        adapter: Path | None,
+        adapter_scale: float,
+        mode: str,
+        threads: int,
+        context: int,
+    ) -> None:
+        self.name = f"native {mode}"
+        self._engine = Engine(model, adapter, adapter_scale, threads=threads, mode=mode, context=context)
+
+    def logits(self, tokens: Tokens) -> NDArray[np.floating]:
+        """Return logits ``(n, vocab)``; of ``fast`` token by token, for long prompts are not rounded."""
+        if self._engine.mode == "exact":
+            return self._engine.logits(list(tokens))
+        session = self._engine.session()
+        return np.stack([session.next_logits([token]) for token in tokens])
+
+    def greedy(self, tokens: Tokens, count: int) -> list[int]:
+        """Return ``count`` tokens by argmax, with a KV cache."""
+        session = self._engine.session()
+        found: list[int] = []
+        step = list(tokens)
+        for _ in range(count):
+            step = [int(session.next_logits(step).argmax())]
             found += step
         return found
 

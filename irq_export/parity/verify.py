@@ -22,6 +22,7 @@ from irq_export.export.gguf import to_gguf
 from irq_export.parity.gates import FLOAT32_NMSE, FLOAT64_NMSE, KERNEL_RATIO, LOSSY_NMSE
 from irq_export.parity.levels import corpus, greedy_level, tokenizer_level
 from irq_export.parity.metrics import LogitMetrics, compare
+from irq_export.parity.native import native_level
 from irq_export.parity.report import Check, ParityReport
 from irq_export.parity.runtimes import LlamaCppRuntime, ReferenceRuntime, TorchRuntime
 from irq_export.parity.target import Target, open_target
@@ -34,7 +35,7 @@ from irq_runtime.tokenizer import load_tokenizer
 __all__ = ["RUNTIMES", "verify"]
 
 #: What ``runtimes`` may name.
-RUNTIMES = ("reference", "llama.cpp")
+RUNTIMES = ("reference", "llama.cpp", "native")
 
 _PROMPT_TOKENS = 8  # of the text, continued greedily
 
@@ -65,7 +66,7 @@ def verify(
         positions: Tokens of the text to evaluate.
         greedy: Tokens to generate; 0 skips the level.
         adapter_scale: Scale given to the runtimes' adapter. Anything but 1 must fail: a test of the test.
-        threads: Threads of llama.cpp.
+        threads: Threads of llama.cpp and of the native engine.
         progress: Called with (done, total, what) before every step.
 
     Returns:
@@ -163,14 +164,32 @@ def _checks(
             if greedy:
                 yield greedy_level(trained, runtime, prompt, greedy, exact=exact_weights)
             del trained, runtime
+        if "llama.cpp" not in wanted and "native" not in wanted:
+            return
+        trained = TorchRuntime(checkpoint.path, trained_adapter, "float32")
+        expected = trained.logits(tokens)
+        noise = None  # of llama.cpp's own 8-bit kernels on these weights
         if "llama.cpp" in wanted:
-            trained = TorchRuntime(checkpoint.path, trained_adapter, "float32")
-            expected = trained.logits(tokens)
-            yield from _llama_level(
+            for check in _llama_level(
                 checkpoint, source, expected, target, llama, adapter_scale, tokens, threads
-            )
+            ):
+                noise = check.values.get("kernel_noise", noise)
+                yield check
             if llama is not None and greedy:
                 yield greedy_level(trained, llama, prompt, greedy, exact=False)
+        if "native" in wanted:
+            yield from native_level(
+                target,
+                trained,
+                expected,
+                tokens,
+                prompt=prompt,
+                greedy=greedy,
+                adapter_scale=adapter_scale,
+                threads=threads,
+                exact_weights=exact_weights,
+                noise=noise,
+            )
 
 
 def _nmse_check(name: str, metrics: LogitMetrics, bound: float) -> Check:

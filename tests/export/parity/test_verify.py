@@ -81,10 +81,12 @@ def test_stock_pair_is_proved_in_llama_cpp(pair: Case) -> None:
         "reference float64 against torch float64",
         "llama.cpp on the float32 re-expansion against torch float32",
         "llama.cpp against torch float32",
+        "native exact against torch float32",
+        "native fast against torch float32",
     ]
 
 
-@pytest.mark.parametrize("runtime", ["reference", "llama.cpp"])
+@pytest.mark.parametrize("runtime", ["reference", "llama.cpp", "native"])
 def test_adapter_switched_off_fails(pair: Case, runtime: str) -> None:
     """tau and LoRA are really in the adapter: at scale 0 the same files must fail."""
     report = verify(
