@@ -4,19 +4,20 @@
     scripts/bench_kernels.py --formats nf4 q4_0 --isas avx512 --tokens 1 --json out.json
 
 Two sizes: `cache` (about 0.5 MiB, stays in L2) shows the kernel, `memory` (about 100 MiB, each product
-reads it anew) shows what decoding a large model sees; beside it stands the rate at which the same number
-of threads only read, measured in the same run. Random codes. All rows of the table are visited in turn,
-`--rounds` times, and the median is shown: a neighbour's burst then hits one round of everything.
+reads it anew) shows what decoding a large model sees, `prefill` (1024 x 1024) is for many tokens. The f32
+row in `memory` is the ceiling: its kernel has nothing to do but read. Random codes. Times are processor
+seconds of each thread, the slowest counts; the variants of a weight are visited in turn, `--rounds` times,
+and the best is shown: on a shared machine the rest measures the neighbours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
@@ -69,13 +70,34 @@ def weight_of(name: str, shape: tuple[int, int]) -> _native.Weight:
 
 
 def seconds(weight: _native.Weight, tokens: int, mode: str, threads: int, least: float) -> float:
-    """Seconds per product: repeats until `least` seconds have passed; the slowest thread counts."""
+    """Seconds per product: repeats until `least` seconds have passed."""
     repeats = 1
     while True:
         passed = max(weight.time(tokens, mode, repeats, threads))
         if passed >= least or repeats >= 1 << 20:
             return passed / repeats
         repeats = max(repeats + 1, int(repeats * 1.2 * least / max(passed, 1e-9)))
+
+
+def measure(
+    weight: _native.Weight,
+    size: str,
+    name: str,
+    threads: int,
+    variants: list[tuple[str, str, int]],
+    rounds: int,
+    least: float,
+) -> Iterator[Row]:
+    """All variants (isa, mode, tokens) of one weight, in turn, `rounds` times; the best of each."""
+    times: dict[tuple[str, str, int], list[float]] = {variant: [] for variant in variants}
+    for _ in range(rounds):
+        for isa, mode, tokens in variants:
+            _native.set_isa(isa)
+            times[isa, mode, tokens].append(seconds(weight, tokens, mode, threads, least))
+    weights = SIZES[size][0] * SIZES[size][1]
+    for (isa, mode, tokens), taken in times.items():
+        gb, gflop = 1e-9 * weight.nbytes / min(taken), 2e-9 * weights * tokens / min(taken)
+        yield Row(size, name, isa, mode, tokens, threads, 8 * weight.nbytes / weights, gb, gflop)
 
 
 def main() -> None:
@@ -93,42 +115,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     isas = [isa for isa in args.isas if _native.isa_supported(isa)]
+    variants = [*product(isas, args.modes, args.tokens)]
     rows: list[Row] = []
-    started = time.perf_counter()
-    for size in args.sizes:
-        shape = SIZES[size]
+    print(f"{'size':8}{'format':9}{'isa':8}{'mode':6}{'tokens':>7}{'threads':>8}{'bpw':>7}{'GB/s':>8}{'GFLOP/s':>9}")
+    for size, name in product(args.sizes, args.formats):
+        weight = weight_of(name, SIZES[size])
         for threads in args.threads:
-            ceilings: list[float] = []
-            measured: dict[tuple[str, str, str, int], list[float]] = {}
-            weights = {name: weight_of(name, shape) for name in args.formats}
-            for _ in range(args.rounds):
-                ceilings.append(1e-9 * _native.read_bandwidth(threads, 256 << 20, 1))
-                for name, weight in weights.items():
-                    for isa in isas:
-                        _native.set_isa(isa)
-                        for mode in args.modes:
-                            for tokens in args.tokens:
-                                key = (name, isa, mode, tokens)
-                                taken = seconds(weight, tokens, mode, threads, args.seconds)
-                                measured.setdefault(key, []).append(taken)
-            ceiling = median(ceilings)
-            if size == "memory":
-                rows.append(Row(size, "read only", "-", "-", 0, threads, 0.0, ceiling, 0.0))
-            for (name, isa, mode, tokens), times in measured.items():
-                nbytes, weights_count = weights[name].nbytes, shape[0] * shape[1]
-                took = min(times)
-                gflop = 2e-9 * weights_count * tokens / took
-                bits = 8 * nbytes / weights_count
-                rows.append(Row(size, name, isa, mode, tokens, threads, bits, 1e-9 * nbytes / took, gflop))
-    print(
-        f"{'size':7}{'format':10}{'isa':8}{'mode':7}{'tokens':>6}{'threads':>8}{'bpw':>7}{'GB/s':>8}{'GFLOP/s':>9}"
-    )
-    for r in rows:
-        print(
-            f"{r.size:7}{r.format:10}{r.isa:8}{r.mode:7}{r.tokens:6}{r.threads:8}"
-            f"{r.bits_per_weight:7.2f}{r.gb_per_s:8.2f}{r.gflop_per_s:9.1f}"
-        )
-    print(f"{time.perf_counter() - started:.0f} s")
+            for row in measure(weight, size, name, threads, variants, args.rounds, args.seconds):
+                rows.append(row)
+                print(
+                    f"{row.size:8}{row.format:9}{row.isa:8}{row.mode:6}{row.tokens:7}{row.threads:8}"
+                    f"{row.bits_per_weight:7.2f}{row.gb_per_s:8.2f}{row.gflop_per_s:9.1f}",
+                    flush=True,
+                )
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
 

@@ -178,5 +178,5 @@ void bind_kernels(nb::module_ &module) {
         .def("dequantize", &Weight::dequantize)
         .def("matmul", &Weight::matmul, "x"_a, "mode"_a, "parts"_a = 1, "add_to"_a.none() = nb::none())
         .def("time", &Weight::time, "tokens"_a, "mode"_a, "repeats"_a, "threads"_a = 1)
-        .def_prop_ro("nbytes", &Weight::nbytes);
+        .def_prop_ro("nbytes", &Weight::nbytes, "Bytes of codes, scales and offsets.");
 }

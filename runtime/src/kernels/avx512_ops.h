@@ -62,9 +62,8 @@ struct Avx512 {
         store(out + i, _mm512_cvtph_ps(rest));
     }
 
-    // Byte `plane` of map[index] for 64 indices: two 128-entry look-ups, the index's high bit chooses.
-    static __m512i map_bytes(__m512i index, int plane) {
-        const std::uint8_t *table = dynamic_map_planes() + plane * 256;
+    // table[index] for 64 indices into 256 bytes: two 128-entry look-ups, the index's high bit chooses.
+    static __m512i map_bytes(__m512i index, const std::uint8_t *table) {
         const __m512i below = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), index, _mm512_loadu_si512(table + 64));
         const __m512i above =
             _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), index, _mm512_loadu_si512(table + 192));
@@ -88,10 +87,12 @@ struct Avx512 {
             const Vec mapped = _mm512_mask_i32gather_ps(zero(), first(n), at, irq_dynamic_map, 4);
             return store_dq8(_mm512_castps_si512(mapped), a, o, round, out);
         }
+        const std::uint8_t *plane = dynamic_map_planes();
         for (std::size_t i = 0; i < n; i += 64) {
             const __mmask64 some = _bzhi_u64(~0ull, static_cast<unsigned>(n - i < 64 ? n - i : 64));
             const __m512i at = _mm512_permutexvar_epi32(order, _mm512_maskz_loadu_epi8(some, index + i));
-            const __m512i b0 = map_bytes(at, 0), b1 = map_bytes(at, 1), b2 = map_bytes(at, 2), b3 = map_bytes(at, 3);
+            const __m512i b0 = map_bytes(at, plane), b1 = map_bytes(at, plane + 256);
+            const __m512i b2 = map_bytes(at, plane + 512), b3 = map_bytes(at, plane + 768);
             const __m512i low = _mm512_unpacklo_epi8(b0, b1), low_top = _mm512_unpacklo_epi8(b2, b3);
             const __m512i high = _mm512_unpackhi_epi8(b0, b1), high_top = _mm512_unpackhi_epi8(b2, b3);
             store_dq8(_mm512_unpacklo_epi16(low, low_top), a, o, round, out + i);

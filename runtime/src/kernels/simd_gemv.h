@@ -281,27 +281,27 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
     }
 }
 
-template <class S, class Load>
-float dot_floats(std::size_t n, const float *x, Load &&load, const Matrix &w, const std::uint8_t *row) {
+template <class S, Format format>
+float dot_floats(std::size_t n, const float *x, const std::uint8_t *row) {
     using Vec = typename S::Vec;
-    constexpr std::size_t W = S::width;
+    constexpr std::size_t W = S::width, element = format == Format::f32 ? 4 : 2;
+    const auto load = [row](std::size_t i) { return load_float<S>(format, row, i); };
     Vec total[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
     std::size_t i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
+        prefetch(row + i * element, codes_ahead, 4 * W * element);
         for (std::size_t j = 0; j < 4; ++j) total[j] = S::fma(load(i + j * W), S::load(x + i + j * W), total[j]);
     }
     for (; i + W <= n; i += W) total[0] = S::fma(load(i), S::load(x + i), total[0]);
     float sum = S::sum(S::add(S::add(total[0], total[1]), S::add(total[2], total[3])));
-    for (; i < n; ++i) sum += float_at(w.format, row, i) * x[i];
+    for (; i < n; ++i) sum += float_at(format, row, i) * x[i];
     return sum;
 }
 
 template <class S, Format format>
 void gemv_floats(const Matrix &w, const float *x, std::size_t r0, std::size_t r1, float *y, Store store) {
     for (std::size_t r = r0; r < r1; ++r) {
-        const std::uint8_t *row = row_data(w, r);
-        const auto load = [row](std::size_t i) { return load_float<S>(format, row, i); };
-        store_to(y + r, dot_floats<S>(w.columns, x, load, w, row), store);
+        store_to(y + r, dot_floats<S, format>(w.columns, x, row_data(w, r)), store);
     }
 }
 
