@@ -121,10 +121,10 @@ struct Avx512 {
     static Vec look_up(__m512i code, Vec table) { return _mm512_permutexvar_ps(code, table); }
 
     template <class L>
-    static Vec look_up(__m512i code, const Levels &table, std::uint64_t high_bits) {
+    static Vec look_up(__m512i code, const Levels &table, const std::uint8_t *high_bits) {
         const Vec value = look_up(code, table.low);
         if constexpr (L::bits != 3) return value;
-        else return _mm512_mask_permutexvar_ps(value, static_cast<__mmask16>(high_bits), code, table.high);
+        else return _mm512_mask_permutexvar_ps(value, load_as<std::uint16_t>(high_bits), code, table.high);
     }
 
     // The levels of 64 weights in order: of one block of 64 or two of 32.
@@ -142,19 +142,17 @@ struct Avx512 {
             out[b_low] = look_up(b, table.low);
             out[3] = look_up(_mm512_srli_epi32(b, 4), table.low);
         } else if constexpr (L::block == 64) {
-            const std::uint64_t high = L::bits == 3 ? load_as<std::uint64_t>(p + L::bits / 3 * 16) : 0;
             const __m512i codes = dwords(load128(p));
             for (unsigned i = 0; i < 4; ++i) {
-                out[i] = look_up<L>(_mm512_srli_epi32(codes, 2 * i), table, high >> (16 * i));
+                out[i] = look_up<L>(_mm512_srli_epi32(codes, 2 * i), table, p + 16 + 2 * i);
             }
         } else {
             for (unsigned b = 0; b < 2; ++b, p += L::stride) {  // 8 bytes, twice: planes 0 and 1, 2 and 3
-                const std::uint32_t high = L::bits == 3 ? load_as<std::uint32_t>(p + L::bits / 3 * 8) : 0;
                 const __m512i codes = dwords(_mm_set1_epi64x(load_as<std::int64_t>(p)));
                 const __m512i shift = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
                 const __m512i planes = _mm512_srlv_epi32(codes, shift);
-                out[2 * b] = look_up<L>(planes, table, high);
-                out[2 * b + 1] = look_up<L>(_mm512_srli_epi32(planes, 4), table, high >> 16);
+                out[2 * b] = look_up<L>(planes, table, p + 8);
+                out[2 * b + 1] = look_up<L>(_mm512_srli_epi32(planes, 4), table, p + 10);
             }
         }
     }
