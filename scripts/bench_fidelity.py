@@ -173,7 +173,7 @@ def markdown(results: dict[str, dict[str, float]], name: str) -> str:
     head = (
         "# Fidelity: what deployment costs\n\n"
         f"Made by `scripts/bench_fidelity.py`. Model {name} quantised to nf4 (ICQ, refit), random IEC-LoRA\n"
-        "of rank 32, 3 % of each weight's norm, on every linear layer. KL(trained || deployed) in nats a token\n"
+        "of rank 32, 3 % of each weight's norm, on every linear. KL(trained || deployed) in nats a token\n"
         f"with the standard error over windows of {WINDOW} tokens of wikitext-2 (test); perplexity of the\n"
         "same windows, in brackets that of the trained model on them. All in float32 on a CPU, but for\n"
         "llama.cpp, whose kernels round activations to 8 bits.\n\n"

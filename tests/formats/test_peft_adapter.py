@@ -25,9 +25,7 @@ def two_layers(beta: float = 0.05) -> Adapter:
     rng = np.random.default_rng(0)
     layers = {
         Q: random_layer((32, 64), 3.0, rng, rank=4, beta=beta),
-        DOWN: random_layer(
-            (64, 192), 3.0, rng, rank=6, alpha=20.0, beta=beta
-        ),  # 20/6 is periodic
+        DOWN: random_layer((64, 192), 3.0, rng, rank=6, alpha=20.0, beta=beta),  # 20/6 is periodic
     }
     return Adapter(layers, "ab" * 32, {"task_type": "CAUSAL_LM", "lora_dropout": 0.1})
 
