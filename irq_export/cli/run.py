@@ -1,4 +1,4 @@
-"""``irq-export run``: generate text from a GGUF file with the reference runtime, without torch."""
+"""``irq-export run``: generate text from a GGUF file, without torch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,22 @@ __all__ = ["command"]
 @click.option("--stop", multiple=True, help="End before this text; may be given again.")
 @click.option("--chat", is_flag=True, help="Render the prompt with the file's chat template.")
 @click.option(
+    "--runtime",
+    type=click.Choice(["auto", "native", "reference"]),
+    default="auto",
+    show_default=True,
+    help="auto: native, or reference for tensor types native lacks.",
+)
+@click.option(
+    "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of native."
+)
+@click.option("-t", "--threads", type=click.IntRange(1, 256), default=2, show_default=True, help="Of native.")
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "float64"]),
     default="float32",
     show_default=True,
-    help="Working precision; float64 is the specification.",
+    help="Of reference; float64 is the specification.",
 )
 @json_option
 @verb
@@ -46,11 +57,14 @@ def command(
     adapter_scale: float,
     stop: tuple[str, ...],
     chat: bool,
+    runtime: str,
+    mode: str,
+    threads: int,
     dtype: str,
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue a prompt with FILE, a GGUF of the irq or a stock profile."""
+    """Continue a prompt with FILE, a GGUF of the irq or a stock profile, or the directory of a stock pair."""
     from irq_runtime.completion import complete
 
     started = time.perf_counter()
@@ -61,6 +75,9 @@ def command(
         adapter_scale=adapter_scale,
         stop=stop,
         chat=chat,
+        runtime=runtime,
+        mode=mode,
+        threads=threads,
         dtype=dtype,
         on_text=None if as_json else _write,
         **sampling,

@@ -127,7 +127,7 @@ class NativeRuntime:
         self._engine = Engine(model, adapter, adapter_scale, threads=threads, mode=mode, context=context)
 
     def logits(self, tokens: Tokens) -> NDArray[np.floating]:
-        """Return logits ``(n, vocab)``; of ``fast`` token by token, for long prompts are not rounded."""
+        """Return logits ``(n, vocab)``; of ``fast`` token by token, as it generates text."""
         if self._engine.mode == "exact":
             return self._engine.logits(list(tokens))
         session = self._engine.session()

@@ -35,7 +35,7 @@ class Weight:
         tau: bool,
         storage: str,
         values: NDArray[np.uint8],
-        absmax: _F32 | None,
+        absmax: NDArray[Any] | None,
         offset: float = 0.0,
         round_to_f16: bool = False,
     ) -> None: ...

@@ -6,14 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from irq_formats.errors import UsageError
+from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.gguf import open_gguf
+from irq_formats.gguf.pair import model_files
+from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model
-from irq_runtime.sampling import SamplingParams, generate
+from irq_runtime.sampling import SamplingParams, StepModel, generate
 from irq_runtime.text_stream import TextStream
 from irq_runtime.tokenizer import load_tokenizer
 
-__all__ = ["Completion", "complete"]
+__all__ = ["RUNTIMES", "Completion", "complete"]
+
+#: What ``runtime`` may be. ``auto`` is native, or reference for tensor types the engine lacks.
+RUNTIMES = ("auto", "native", "reference")
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,16 @@ def complete(
     seed: int = 0,
     stop: Sequence[str] = (),
     chat: bool = False,
+    runtime: str = "auto",
+    mode: str = "exact",
+    threads: int = 2,
     dtype: str = "float32",
     on_text: Callable[[str], None] | None = None,
 ) -> Completion:
-    """Continue a prompt with the reference runtime.
+    """Continue a prompt.
 
     Args:
-        model: GGUF of the irq or a stock profile, with a tokenizer.
+        model: GGUF of the irq or a stock profile, with a tokenizer; or the directory of a stock pair.
         prompt: Text; with ``chat`` the message of the user.
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
@@ -67,12 +75,16 @@ def complete(
         seed: Of the sampler.
         stop: Strings that end the text.
         chat: Render the prompt with the file's chat template.
-        dtype: ``float32`` or ``float64``.
+        runtime: One of :data:`RUNTIMES`.
+        mode: Of the native engine: ``exact`` or ``fast``.
+        threads: Of the native engine.
+        dtype: Of the reference: ``float32`` or ``float64``.
         on_text: Called with each piece of text when it is certain.
 
     Raises:
         IrqError: The file, the adapter or an option is refused.
     """
+    model, adapter = model_files(model, adapter)
     tokenizer = load_tokenizer(open_gguf(model))
     params = SamplingParams(
         max_tokens=max_tokens,
@@ -93,7 +105,9 @@ def complete(
             ids = [tokenizer.bos]
     if not ids:
         raise UsageError("the prompt is empty", hint="Give some text with -p")
-    session = load_model(model, adapter, adapter_scale).session(dtype)
+    session = _open_session(
+        model, adapter, adapter_scale, runtime, mode, threads, dtype, context=len(ids) + max_tokens
+    )
     stream = TextStream(tokenizer, ids, stop)
     tokens: list[int] = []
     pieces: list[str] = []
@@ -112,3 +126,27 @@ def complete(
     take(stream.finish())
     reason = "stop" if stream.stopped or len(tokens) < max_tokens else "length"
     return Completion(ids, tokens, "".join(pieces), reason)
+
+
+def _open_session(
+    model: str | Path,
+    adapter: str | Path | None,
+    adapter_scale: float,
+    runtime: str,
+    mode: str,
+    threads: int,
+    dtype: str,
+    context: int,
+) -> StepModel:
+    """Return an empty context of the runtime asked for."""
+    if runtime not in RUNTIMES:
+        raise UsageError("unknown runtime", expected=" | ".join(RUNTIMES), got=runtime)
+    if runtime != "reference":
+        try:
+            return Engine(
+                model, adapter, adapter_scale, threads=threads, mode=mode, context=context
+            ).session()
+        except UnsupportedModel:
+            if runtime == "native":
+                raise
+    return load_model(model, adapter, adapter_scale).session(dtype)

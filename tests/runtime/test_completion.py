@@ -55,11 +55,14 @@ def test_greedy_text(stories_gguf: Path) -> None:
     assert (len(result.tokens), result.finish_reason) == (40, "length")
 
 
-def test_greedy_tokens_are_those_of_transformers(stories: PreTrainedModel, stories_gguf: Path) -> None:
-    result = complete(model=stories_gguf, prompt=PROMPT, max_tokens=64, dtype="float64")
+@pytest.mark.parametrize("runtime", ["reference", "native"])
+def test_greedy_tokens_are_those_of_transformers(
+    stories: PreTrainedModel, stories_gguf: Path, runtime: str
+) -> None:
+    result = complete(model=stories_gguf, prompt=PROMPT, max_tokens=200, runtime=runtime, dtype="float64")
     ids = torch.tensor([result.prompt_tokens])
     with torch.no_grad():
-        expected = stories.double().generate(ids, max_new_tokens=64, do_sample=False)
+        expected = stories.double().generate(ids, max_new_tokens=200, do_sample=False)
     assert result.tokens == expected[0, ids.shape[1] :].tolist()
 
 

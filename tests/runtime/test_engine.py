@@ -258,11 +258,14 @@ class TestIrq:
             Engine(tmp_path / "m.gguf", tmp_path / "other.gguf")
 
     def test_fast_is_near(self, irq_file: Path) -> None:
+        """One by one, and as a prompt."""
         tokens = list(range(40))
+        expected = Engine(irq_file).logits(tokens)
         engine = Engine(irq_file, mode="fast")
         cache = engine.new_cache()
         stepped = np.concatenate([engine.step([token], cache) for token in tokens])
-        assert NMSE_FLOAT32 < nmse(stepped, Engine(irq_file).logits(tokens)) < NMSE_FAST_TINY
+        assert NMSE_FLOAT32 < nmse(stepped, expected) < NMSE_FAST_TINY
+        assert nmse(engine.logits(tokens), expected) < NMSE_FAST_TINY
 
     def test_half_cache_is_near(self, irq_file: Path) -> None:
         tokens = list(range(40))

@@ -86,6 +86,18 @@ def test_stock_pair_is_proved_in_llama_cpp(pair: Case) -> None:
     ]
 
 
+def test_two_hundred_greedy_tokens(irq: Case) -> None:
+    """torch, the reference and the exact engine write the same text."""
+    runtimes = ["reference", "native"]
+    report = verify(
+        irq.exported, against=irq.checkpoint, adapter=irq.adapter, runtimes=runtimes, positions=20, greedy=200
+    )
+    found = {check.name: check for check in report.checks if check.level == "greedy"}
+    for name in ("reference float64 against torch float64", "native exact against torch float32"):
+        assert found[name].passed, found[name].detail
+        assert len(found[name].values["tokens"]) == 200
+
+
 @pytest.mark.parametrize("runtime", ["reference", "llama.cpp", "native"])
 def test_adapter_switched_off_fails(pair: Case, runtime: str) -> None:
     """tau and LoRA are really in the adapter: at scale 0 the same files must fail."""
