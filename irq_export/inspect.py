@@ -15,10 +15,9 @@ from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import UsageError
 from irq_formats.gguf import GgufFile, open_gguf
 from irq_formats.gguf.irq_payload import ARCHITECTURE, block_table
+from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
 
 __all__ = ["Summary", "inspect"]
-
-_PAIR = ("base.gguf", "adapter.gguf")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def inspect(path: str | Path) -> list[Summary]:
     path = Path(path)
     if not path.is_dir():
         return [_inspect_gguf(open_gguf(path))]
-    pair = [path / name for name in _PAIR if (path / name).is_file()]
+    pair = [path / name for name in (BASE_NAME, ADAPTER_NAME) if (path / name).is_file()]
     if pair:
         return [_inspect_gguf(open_gguf(file)) for file in pair]
     if not (path / "config.json").is_file():

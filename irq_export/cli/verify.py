@@ -8,7 +8,9 @@ from pathlib import Path
 import click
 
 from irq_export.cli.common import json_option, progress, verb
+from irq_formats.atomic import atomic_file
 from irq_formats.errors import ParityFailed
+from irq_formats.preflight import check_file_target
 
 __all__ = ["command"]
 
@@ -27,7 +29,11 @@ _PATH = click.Path(path_type=Path)
 @click.option("--positions", default=256, show_default=True, type=click.IntRange(2), help="Tokens of it.")
 @click.option("--greedy", default=64, show_default=True, type=click.IntRange(0), help="Tokens to generate.")
 @click.option(
-    "--scale", "adapter_scale", default=1.0, show_default=True, help="Adapter scale in the runtimes."
+    "--scale",
+    "adapter_scale",
+    default=1.0,
+    show_default=True,
+    help="Adapter scale in the runtimes; 1 alone passes.",
 )
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Compute threads.")
 @click.option("--report", type=_PATH, help="Write the JSON report here too.")
@@ -55,6 +61,9 @@ def command(
     """
     from irq_export.parity.verify import verify
 
+    for path in (report, junit):
+        if path is not None:
+            check_file_target(path, overwrite=True)
     with progress("verify") as update:
         found = verify(
             file,
@@ -69,10 +78,10 @@ def command(
             threads=threads,
             progress=update,
         )
-    if report is not None:
-        report.write_text(found.to_json(), encoding="utf-8")
-    if junit is not None:
-        junit.write_text(found.to_junit(), encoding="utf-8")
+    for path, content in ((report, found.to_json()), (junit, found.to_junit())):
+        if path is not None:
+            with atomic_file(path, overwrite=True) as stream:
+                stream.write(content.encode())
     click.echo(found.to_json() if as_json else found.to_text())
     if not found.passed:
         sys.exit(ParityFailed.exit_code)

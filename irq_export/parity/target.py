@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from irq_formats.errors import MalformedFile, UsageError
+from irq_formats.errors import UsageError
+from irq_formats.gguf.irq_payload import ARCHITECTURE
+from irq_formats.gguf.pair import model_files
 from irq_formats.gguf.reader import GgufFile, open_gguf
 
 __all__ = ["Target", "open_target"]
@@ -41,17 +43,14 @@ def open_target(path: Path, adapter: Path | None = None) -> Target:
         adapter: A separate adapter GGUF, for a single file.
 
     Raises:
-        UsageError: There is nothing at ``path``.
-        MalformedFile: It is neither a GGUF file nor a directory with base.gguf in it.
+        UsageError: There is nothing at ``path``, or it is an adapter.
+        MalformedFile: The file breaks its specification, or a directory is no stock pair.
     """
-    if not path.exists():
-        raise UsageError("no such file or directory", where=path)
-    if path.is_dir():
-        model = path / "base.gguf"
-        if not model.is_file():
-            raise MalformedFile("no base.gguf in the directory of a stock pair", where=path)
-        beside = path / "adapter.gguf"
-        return Target("pair", model, beside if beside.is_file() else adapter, open_gguf(model))
-    gguf = open_gguf(path)
-    own = gguf.metadata.get("general.architecture") == "irq"
-    return Target("irq" if own else "pair" if adapter else "merged", path, adapter, gguf)
+    model, adapter = model_files(path, adapter)
+    gguf = open_gguf(model)
+    if gguf.metadata.get("general.type") == "adapter":
+        raise UsageError("this file is an adapter, not a model", where=path, hint="Give it as --adapter-gguf")
+    if gguf.metadata.get("general.architecture") == ARCHITECTURE:
+        return Target("irq", model, adapter, gguf)
+    is_base = adapter is not None or "irq.stock.codebook" in gguf.metadata
+    return Target("pair" if is_base else "merged", model, adapter, gguf)

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irq_export.export.gguf import to_gguf
+from irq_export.export.gguf.adapters import export_adapter
+from irq_export.export.gguf.readback import is_same_model
 from irq_export.parity.gates import FLOAT32_NMSE, FLOAT64_NMSE, KERNEL_RATIO, LOSSY_NMSE
 from irq_export.parity.levels import corpus, greedy_level, tokenizer_level
 from irq_export.parity.metrics import LogitMetrics, compare
@@ -29,7 +31,6 @@ from irq_export.parity.target import Target, open_target
 from irq_export.parity.tensors import tensor_level
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import UsageError
-from irq_formats.peft_adapter import read_peft_adapter
 from irq_runtime.tokenizer import load_tokenizer
 
 __all__ = ["RUNTIMES", "verify"]
@@ -73,7 +74,8 @@ def verify(
         The report; ``report.passed`` is the verdict.
 
     Raises:
-        UsageError: Unknown runtime, or nothing at ``file``.
+        UsageError: Unknown runtime, nothing at ``file``, or a text that cannot be read.
+        WrongBase: The adapter was trained against another base.
         MalformedFile: The file or the checkpoint breaks its specification so that nothing can be compared.
     """
     started = time.perf_counter()
@@ -113,7 +115,12 @@ def _wanted(runtimes: Sequence[str] | None) -> list[str]:
 
 
 def _read_text(text: str | Path | None) -> str:
-    return "\n".join(corpus()) if text is None else Path(text).read_text(encoding="utf-8")
+    if text is None:
+        return "\n".join(corpus())
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("the text cannot be read", where=text, expected="a UTF-8 file", got=error) from error
 
 
 def _environment(wanted: Sequence[str]) -> dict[str, str]:
@@ -137,10 +144,12 @@ def _checks(
     """Yield every check, from the bytes to the text."""
     target = open_target(file, adapter_gguf)
     source = adapter_dir or checkpoint.adapter_dir
-    trained_adapter = None if source is None else read_peft_adapter(source)
+    trained_adapter = None if source is None else export_adapter(checkpoint, source, "keep")
     yield Check("container", target.model.name, True, f"{len(target.gguf.tensors)} tensors, well formed")
     tensors = list(tensor_level(target, checkpoint, trained_adapter))
     yield from tensors
+    if not is_same_model(target.gguf, checkpoint):
+        return  # the tensor level has said so; there is nothing else to compare
     exact_weights = all(check.values.get("exact", True) for check in tensors)
 
     tokens = np.array(load_tokenizer(target.gguf).encode(text)[:positions])
@@ -198,7 +207,8 @@ def _nmse_check(name: str, metrics: LogitMetrics, bound: float) -> Check:
         name,
         metrics.nmse <= bound,
         f"NMSE {metrics.nmse:.2e}, KL {metrics.kl_mean:.2e}, top-1 {metrics.top1:.1%}, "
-        f"perplexity {metrics.perplexity:.4f} ({metrics.perplexity_reference:.4f})",
+        f"perplexity {metrics.perplexity:.4f} ({metrics.perplexity_reference:.4f}), "
+        f"{metrics.positions} positions",
         metrics.to_dict(),
         f"NMSE <= {bound:g}",
     )

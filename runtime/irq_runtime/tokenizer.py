@@ -124,11 +124,14 @@ def load_tokenizer(gguf: GgufFile) -> Tokenizer:
     """Return the tokenizer of a file.
 
     Raises:
+        UsageError: The file is an adapter.
         UnsupportedModel: The file carries no ``tokenizer.huggingface.json``.
         MalformedFile: It is not a tokenizer, or an id is outside its vocabulary.
     """
     where = str(gguf.path)
     fields = Fields(gguf.metadata, where)
+    if fields.string("general.type", "model") == "adapter":
+        raise UsageError("this file is an adapter, not a model", where=where, hint="Give it as --adapter")
     if not fields.has("tokenizer.huggingface.json"):
         raise UnsupportedModel(
             "the file carries no Hugging Face tokenizer",

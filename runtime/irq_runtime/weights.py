@@ -7,6 +7,7 @@ in our pairs carry tau as extra rank. A name means the same in all of them.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -126,8 +127,10 @@ def open_weights(
         MalformedFile: A file breaks its specification.
         UnsupportedModel: The architecture is not one of ours.
         WrongBase: The adapter was trained against another base.
-        UsageError: Both an embedded and a separate adapter.
+        UsageError: Both an embedded and a separate adapter, or a scale that is not finite.
     """
+    if not math.isfinite(adapter_scale):
+        raise UsageError("the scale of the adapter is not a number", got=adapter_scale)
     model = open_gguf(path)
     other = None if adapter is None else open_gguf(adapter)
     fields = Fields(model.metadata, str(path))

@@ -15,13 +15,7 @@ from irq_export.export.gguf.modelfile import MODELFILE_NAME, modelfile
 from irq_export.export.gguf.options import MERGE_TYPES, GgufOptions
 from irq_export.export.gguf.plan import Plan, PlannedFile, check_complete, preflight, skip_lines
 from irq_export.export.gguf.readback import ReadBack, read_back
-from irq_export.export.gguf.stock_profile import (
-    ADAPTER_NAME,
-    BASE_NAME,
-    rope_tensors,
-    stock_files,
-    stock_header,
-)
+from irq_export.export.gguf.stock_profile import rope_tensors, stock_files, stock_header
 from irq_export.export.gguf.tensors import adapter_origins, source_tensors
 from irq_export.export.gguf.tokenizer import read_tokenizer
 from irq_formats.adapter import Adapter
@@ -29,6 +23,7 @@ from irq_formats.atomic import atomic_dir, atomic_file
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import ParityFailed, UsageError
 from irq_formats.gguf import GgufValue, write_gguf
+from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
 from irq_formats.manifest import write_manifest
 
 __all__ = ["ExportResult", "OutputFile", "plan_gguf", "to_gguf"]

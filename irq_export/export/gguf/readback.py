@@ -14,18 +14,19 @@ from numpy.typing import NDArray
 
 from irq_export.export.gguf.adapters import lora_pair
 from irq_export.export.gguf.plan import Plan, PlannedFile
-from irq_export.export.gguf.stock_profile import ADAPTER_NAME, BASE_NAME
 from irq_export.export.gguf.tensors import Array, is_interleaved, row_order
 from irq_formats.adapter import Adapter, delta_weight
 from irq_formats.checkpoint import Checkpoint
-from irq_formats.errors import ParityFailed
+from irq_formats.errors import ParityFailed, UnsupportedModel
 from irq_formats.gguf import GgmlType, GgufFile, open_gguf
 from irq_formats.gguf.irq_check import check_irq
-from irq_formats.gguf.irq_payload import check_header, read_adapter, read_blocks
+from irq_formats.gguf.irq_payload import ARCHITECTURE, check_header, read_adapter, read_blocks
+from irq_formats.gguf.model_keys import IRQ_PREFIX, read_model
+from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
 from irq_formats.gguf.repack import uninterleave_heads, unpack_codes
-from irq_formats.names import hf_to_gguf
+from irq_formats.names import hf_to_gguf, tensor_shapes
 
-__all__ = ["ReadBack", "compare_files", "read_back"]
+__all__ = ["ReadBack", "compare_files", "is_same_model", "read_back"]
 
 #: Half a unit in the last place, relative to the value, of every merge type; and the smallest step.
 _HALF_ULP = {
@@ -127,6 +128,8 @@ def compare_files(
         ParityFailed: Anything differs, or is missing.
         MalformedFile: A file breaks its specification.
     """
+    if not is_same_model(model, checkpoint):
+        raise ParityFailed("the file is of another model", where=model.path)
     comparison = _Comparison()
     if profile == "irq":
         _compare_irq(model, extra, checkpoint, adapter, comparison)
@@ -135,6 +138,14 @@ def compare_files(
     else:
         _compare_merged(model, checkpoint, adapter, comparison)
     return comparison.result()
+
+
+def is_same_model(gguf: GgufFile, checkpoint: Checkpoint) -> bool:
+    """Whether a model file has tensors of the names and shapes of the checkpoint's model."""
+    architecture = str(gguf.metadata.get("general.architecture"))
+    prefix = IRQ_PREFIX if architecture == ARCHITECTURE else architecture
+    config = read_model(gguf.metadata, prefix, gguf.tensors)
+    return tensor_shapes(config) == tensor_shapes(checkpoint.model)
 
 
 def _same_metadata(gguf: GgufFile, planned: PlannedFile) -> None:
@@ -200,6 +211,8 @@ def _compare_pair(
             continue
         if extra is None:
             raise ParityFailed("the adapter file is missing", where=base.path)
+        if f"{name}.lora_a" not in extra.tensors or f"{name}.lora_b" not in extra.tensors:
+            raise ParityFailed("the adapter lacks a matrix", where=f"{extra.path}: {name}")
         a, b = lora_pair(layer, tau, block_size)
         comparison.same(extra.read(f"{name}.lora_a"), a, f"{name}.lora_a")
         b = np.asarray(row_order(checkpoint.model, name)(b))
@@ -216,9 +229,12 @@ def _compare_blocks(
     if kind is GgmlType.BF16:
         _compare_rounded(weight, tensor.dequantize().astype(np.float64), kind, name, comparison)
         return None
-    codes = unpack_codes(
-        _hf_rows(base.read(name), checkpoint, name).view(np.uint8), tensor.spec.codebook, kind
-    )
+    try:
+        codes = unpack_codes(
+            _hf_rows(base.read(name), checkpoint, name).view(np.uint8), tensor.spec.codebook, kind
+        )
+    except UnsupportedModel as error:
+        raise ParityFailed("the file holds other codes", where=name, got=error) from error
     comparison.same(codes, tensor.codes(), name)
     zero = np.zeros_like(tensor.tau())
     scaled = tensor.spec.codec.decode(tensor.codes(), tensor.scale(), zero)
@@ -256,6 +272,13 @@ def _compare_rounded(
     comparison: _Comparison,
 ) -> None:
     """Check that weights are the exact ones rounded once (up to the order of float64 sums)."""
+    if kind not in _HALF_ULP:
+        raise ParityFailed(
+            "the file holds these weights in another type",
+            where=name,
+            expected=" | ".join(known.name for known in _HALF_ULP),
+            got=kind.name,
+        )
     relative, smallest = _HALF_ULP[kind]
     bound = relative * np.abs(exact) * (1 + 1e-9) + smallest + 1e-12 * np.abs(exact).max(initial=0)
     if (np.abs(weight.astype(np.float64) - exact) > bound).any():

@@ -26,22 +26,19 @@ from irq_formats.checkpoint import Checkpoint, hf_tensor_shapes
 from irq_formats.errors import UnsupportedModel
 from irq_formats.gguf import F32, STR, U32, GgmlType, GgufValue, TensorSource
 from irq_formats.gguf.model_keys import model_metadata
+from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
 from irq_formats.gguf.repack import NF_TABLES, carrier, repack
 from irq_formats.model import ModelConfig
 from irq_formats.names import hf_to_gguf, linear_names
 from irq_formats.rope import rope_factors
 
 __all__ = [
-    "ADAPTER_NAME",
-    "BASE_NAME",
     "carried_type",
     "rope_tensors",
     "stock_files",
     "stock_header",
 ]
 
-BASE_NAME = "base.gguf"
-ADAPTER_NAME = "adapter.gguf"
 
 #: Version of the ``irq.stock.*`` keys.
 STOCK_VERSION = 1

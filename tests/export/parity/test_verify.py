@@ -22,7 +22,7 @@ from irq_export.parity.verify import verify
 from irq_export.quantize_model import quantize
 from irq_export.quantizer import load_model
 from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import MalformedFile, UsageError
+from irq_formats.errors import MalformedFile, UsageError, WrongBase
 from irq_formats.gguf import open_gguf
 from irq_formats.peft_adapter import write_peft_adapter
 
@@ -136,7 +136,7 @@ def test_one_changed_byte_fails(irq: Case, tmp_path: Path, name: str) -> None:
 def test_command_line(irq: Case, tmp_path: Path) -> None:
     arguments = ["verify", str(irq.exported), "--against", str(irq.checkpoint), "--runtime", "reference"]
     arguments += ["--positions", "20", "--greedy", "0"]
-    report, junit = tmp_path / "report.json", tmp_path / "junit.xml"
+    report, junit = tmp_path / "new" / "report.json", tmp_path / "junit.xml"
     good = CliRunner().invoke(
         main,
         [*arguments, "--adapter", str(irq.adapter), "--json", "--report", str(report), "--junit", str(junit)],
@@ -151,6 +151,31 @@ def test_command_line(irq: Case, tmp_path: Path) -> None:
     assert "FAIL tensors" in bad.stdout
 
 
+def test_file_of_another_model_fails(irq: Case, shared_data: Path, tmp_path: Path) -> None:
+    """Exit code 4 with a report, not an error in the middle."""
+    other = tmp_path / "other"
+    quantize(shared_data / "models" / "stories260k-fp32" / "hf", other)
+    for output, options in (("f.gguf", {}), ("pair", {"profile": "stock"}), ("m.gguf", {"merge": "bf16"})):
+        to_gguf(other, tmp_path / output, **options)
+        report = verify(tmp_path / output, against=irq.checkpoint, runtimes=["reference"], **QUICK)
+        assert failed(report) == {"tensors"}
+        assert "of another model" in report.checks[-1].detail
+
+
+def test_file_of_another_checkpoint_fails(irq: Case, pair: Case) -> None:
+    """The same model in other codes; and the base of a pair without its adapter."""
+    for file in (pair.exported, pair.exported / "base.gguf"):
+        report = verify(file, against=irq.checkpoint, runtimes=["reference"], **QUICK)
+        assert "tensors" in failed(report)
+    report = verify(pair.exported / "base.gguf", against=pair.checkpoint, runtimes=["reference"], **QUICK)
+    assert "adapter file is missing" in report.checks[1].detail
+
+
+def test_adapter_of_another_base_is_refused(irq: Case, pair: Case) -> None:
+    with pytest.raises(WrongBase):
+        verify(irq.exported, against=irq.checkpoint, adapter=pair.adapter, runtimes=["reference"], **QUICK)
+
+
 def test_bad_calls_are_refused(irq: Case, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         verify(tmp_path / "nothing", against=irq.checkpoint)
@@ -162,6 +187,12 @@ def test_bad_calls_are_refused(irq: Case, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MalformedFile, match=r"base\.gguf"):
         verify(tmp_path / "empty", against=irq.checkpoint)
+    for text in (tmp_path / "nothing.txt", tmp_path / "latin.txt"):
+        (tmp_path / "latin.txt").write_bytes(b"\xe9")
+        with pytest.raises(UsageError, match="text cannot be read"):
+            verify(irq.exported, against=irq.checkpoint, text=text)
+    with pytest.raises(UsageError, match="not a number"):
+        verify(irq.exported, against=irq.checkpoint, adapter_scale=float("nan"), runtimes=["reference"])
 
 
 def test_metrics_of_equal_and_shifted_logits() -> None:
