@@ -1,0 +1,108 @@
+"""From a parsed request to what is to be generated."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from irq_formats.errors import UsageError
+from irq_runtime.serve.errors import NoSuchModel, PromptTooLong
+from irq_runtime.serve.generation import Generation
+from irq_runtime.serve.options import ServeOptions
+from irq_runtime.serve.requests import ChatRequest, CompletionRequest, Request
+from irq_runtime.serve.scheduler import Scheduler
+from irq_runtime.tokenizer import Tokenizer
+
+__all__ = ["Service"]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the endpoints need.
+
+    Attributes:
+        options: The operator's.
+        tokenizer: The model's.
+        scheduler: Runs generations.
+        vocab_size: Tokens the model knows.
+        context: Positions a text may have.
+    """
+
+    options: ServeOptions
+    tokenizer: Tokenizer
+    scheduler: Scheduler
+    vocab_size: int
+    context: int
+
+    def completion(self, request: CompletionRequest) -> list[Generation]:
+        """Return what a completion asks for, ``n`` generations for each prompt.
+
+        Raises:
+            UsageError: A prompt is empty or holds an unknown token.
+            PromptTooLong: A prompt exceeds the limit.
+            NoSuchModel: Another model is asked for.
+        """
+        self._check_model(request)
+        prompts = [self._tokens(prompt) for prompt in request.prompts]
+        return self._generations(request, prompts, request.max_tokens, request.logprobs)
+
+    def chat(self, request: ChatRequest) -> list[Generation]:
+        """Return what a chat asks for, ``n`` generations.
+
+        Raises:
+            UsageError: The model has no chat template, or it refuses the messages.
+            MalformedFile: The template is broken.
+            PromptTooLong: The conversation exceeds the limit.
+            NoSuchModel: Another model is asked for.
+        """
+        self._check_model(request)
+        if self.tokenizer.chat_template is None:
+            raise UsageError("the model has no chat template", hint="Use /v1/completions")
+        messages = [{"role": message.role, "content": message.text} for message in request.messages]
+        prompt = self.tokenizer.encode(self.tokenizer.render_chat(messages), add_special=False)
+        max_tokens = request.max_completion_tokens or request.max_tokens or self.context
+        return self._generations(
+            request, [prompt], max_tokens, request.top_logprobs if request.logprobs else None
+        )
+
+    def _check_model(self, request: Request) -> None:
+        if request.model is not None and request.model != self.options.model_name:
+            raise NoSuchModel("no such model", expected=self.options.model_name, got=request.model[:200])
+
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            bos = self.tokenizer.bos
+            return self.tokenizer.encode(prompt) or ([] if bos is None else [bos])
+        unknown = next((token for token in prompt if not 0 <= token < self.vocab_size), None)
+        if unknown is not None:
+            raise UsageError("no such token", expected=f"0 to {self.vocab_size - 1}", got=unknown)
+        return prompt
+
+    def _generations(
+        self, request: Request, prompts: list[list[int]], max_tokens: int, logprobs: int | None
+    ) -> list[Generation]:
+        limit = min(self.options.max_prompt or self.context, self.context - 1)
+        for prompt in prompts:
+            if not prompt:
+                raise UsageError("the prompt is empty")
+            if len(prompt) > limit:
+                raise PromptTooLong(
+                    "the prompt is too long", expected=f"at most {limit} tokens", got=len(prompt)
+                )
+        if not prompts:
+            raise UsageError("no prompt")
+        first = secrets.randbits(32) if request.seed is None else request.seed
+        return [
+            Generation(
+                tuple(prompt),
+                request.sampling(
+                    min(max_tokens, self.context - len(prompt)),
+                    (first + copy) % (1 << 64),
+                    self.tokenizer.stop_tokens,
+                ),
+                request.stop_strings,
+                logprobs,
+            )
+            for prompt in prompts
+            for copy in range(request.n)
+        ]
