@@ -26,7 +26,7 @@ from irq_formats.gguf.types import GgmlType
 from irq_runtime import _native
 from irq_runtime.kernels import block_weight, stock_weight
 
-SIZES = {"cache": (256, 4096), "memory": (49152, 4096), "prefill": (1024, 1024)}
+SIZES = {"cache": (256, 4096), "memory": (49152, 4096), "prefill": (1024, 1024), "narrow": (1024, 576)}
 ROW_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32}
 #: name: (codebook, block size, storage of scale and of tau)
 BLOCKS = {
