@@ -32,12 +32,13 @@ class Flight:
         self._scheduler = scheduler
         self._generations = generations
         self._copies = copies
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._events = events  # `emit` does not hold the flight: no cycle, freed at once
         loop = asyncio.get_running_loop()
 
         def emit(index: int, event: Event) -> None:  # on the scheduler's thread
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
         self._jobs = scheduler.submit(generations, emit)
 

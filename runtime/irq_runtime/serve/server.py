@@ -12,6 +12,7 @@ import uvicorn
 
 from irq_formats.errors import UsageError
 from irq_formats.gguf import open_gguf
+from irq_formats.gguf.pair import model_files
 from irq_runtime.engine import Engine
 from irq_runtime.serve.app import create_app
 from irq_runtime.serve.options import ServeOptions
@@ -87,7 +88,7 @@ def serve(
     """Serve a model until SIGTERM or SIGINT; then running requests may end within ``options.grace_s``.
 
     Args:
-        model: GGUF of the irq or a stock profile, with a tokenizer.
+        model: GGUF of the irq or a stock profile, with a tokenizer; or the directory of a stock pair.
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
         mode: ``exact`` or ``fast``.
@@ -101,6 +102,7 @@ def serve(
         UsageError: The address is not available, or an option is out of range.
         IrqError: The file or the adapter is refused.
     """
+    model, adapter = model_files(model, adapter)
     with _listen(options.host, options.port) as listener:
         engine = Engine(
             model, adapter, adapter_scale, threads=threads, mode=mode, context=context, half_cache=half_cache
