@@ -95,7 +95,9 @@ def prepare(model_dir: Path, work: Path) -> tuple[Path, Path]:
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("docs/fidelity.md"), show_default=True
 )
-def main(model_dir: Path, text: Path, work: Path, windows: int, llama_windows: int, output: Path) -> None:
+def main(
+    model_dir: Path, text: Path, work: Path, windows: int, llama_windows: int, name: str, output: Path
+) -> None:
     work.mkdir(parents=True, exist_ok=True)
     results_path = work / "fidelity.json"
     results = json.loads(results_path.read_text()) if results_path.exists() else {}
@@ -105,14 +107,14 @@ def main(model_dir: Path, text: Path, work: Path, windows: int, llama_windows: i
     trained = TorchRuntime(checkpoint, adapter, "float32")
     teacher = [trained.logits(tokens) for tokens in texts]
 
-    def row(name: str, bits: str, logits: Logits, count: int = windows) -> None:
-        if name in results:
+    def row(key: str, bits: str, logits: Logits, count: int = windows) -> None:
+        if key in results:
             return
         found = [
             compare(t, logits(w), np.array(w)) for t, w in zip(teacher[:count], texts[:count], strict=True)
         ]
         kl = np.array([m.kl_mean for m in found])
-        results[name] = {
+        results[key] = {
             "bits": bits,
             "windows": count,
             "nmse": float(np.mean([m.nmse for m in found])),
@@ -123,7 +125,7 @@ def main(model_dir: Path, text: Path, work: Path, windows: int, llama_windows: i
             "perplexity_trained": float(np.exp(np.mean([np.log(m.perplexity_reference) for m in found]))),
         }
         results_path.write_text(json.dumps(results, indent=1))
-        click.echo(f"{name}: {results[name]}")
+        click.echo(f"{key}: {results[key]}")
 
     blocks = open_checkpoint(checkpoint)
     names = list(blocks.blocks)
@@ -166,7 +168,7 @@ def main(model_dir: Path, text: Path, work: Path, windows: int, llama_windows: i
         names,
     )
     row("stock PEFT on the same base: beta silently zero", "4.25 + adapter", plain.logits)
-    output.write_text(markdown(results, model_dir.name))
+    output.write_text(markdown(results, name))
 
 
 def markdown(results: dict[str, dict[str, float]], name: str) -> str:
@@ -177,6 +179,9 @@ def markdown(results: dict[str, dict[str, float]], name: str) -> str:
         f"with the standard error over windows of {WINDOW} tokens of wikitext-2 (test); perplexity of the\n"
         "same windows, in brackets that of the trained model on them. All in float32 on a CPU, but for\n"
         "llama.cpp, whose kernels round activations to 8 bits.\n\n"
+        "KL says how far a deployment is from what was trained, not how good it is: the adapter is random, so\n"
+        "the 16-bit base keeps the better perplexity. A trained adapter has learned to make up for its own\n"
+        "base, and deploying it on another loses that.\n\n"
         "| deployed as | bits a weight | NMSE of log-probabilities | KL | same top token | perplexity"
         " | windows |\n|---|---|---|---|---|---|---|\n"
     )
