@@ -180,8 +180,8 @@ def markdown(results: dict[str, dict[str, float]], name: str) -> str:
         "same windows, in brackets that of the trained model on them. All in float32 on a CPU, but for\n"
         "llama.cpp, whose kernels round activations to 8 bits.\n\n"
         "KL says how far a deployment is from what was trained, not how good it is: the adapter is random,\n"
-        "so the 16-bit base keeps the better perplexity. A trained adapter has learned to make up for its own\n"
-        "base, and deploying it on another loses that.\n\n"
+        "so the 16-bit base keeps the better perplexity. A trained adapter has learned to make up for its\n"
+        "own base, and deploying it on another loses that.\n\n"
         "| deployed as | bits a weight | NMSE of log-probabilities | KL | same top token | perplexity"
         " | windows |\n|---|---|---|---|---|---|---|\n"
     )
