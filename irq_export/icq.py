@@ -21,7 +21,7 @@ from irq_export.icq_search import ENTROPY_UNIT, SearchConfig, block_entropy, pla
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout, store_scales
 from irq_formats.errors import UnsupportedModel, UsageError
 
-__all__ = ["QuantizedWeight", "SearchConfig", "quantize_rows", "quantize_tensor"]
+__all__ = ["QuantizedWeight", "SearchConfig", "check_settings", "quantize_rows", "quantize_tensor"]
 
 #: Largest magnitude searched: no threshold and no decoded value below it overflows float32.
 _MAX_WEIGHT = 2.0**125
@@ -103,7 +103,8 @@ def quantize_rows(
         budget: Bytes of temporary memory beside the result.
     """
     config = search or SearchConfig()
-    _check(shape, spec, config, where)
+    part_layout(spec, shape)
+    check_settings(spec, config)
     if budget is None:
         budget = _CUDA_BUDGET if read(slice(0, 1)).is_cuda else _CPU_BUDGET
     at_once = max(1, budget // _bytes_per_block(spec, config))
@@ -135,13 +136,18 @@ def quantize_rows(
     return QuantizedWeight(block, before / unit, after / unit, rel_mse)
 
 
-def _check(shape: tuple[int, int], spec: BlockSpec, config: SearchConfig, where: str) -> None:
-    part_layout(spec, shape)
+def check_settings(spec: BlockSpec, config: SearchConfig) -> None:
+    """Check that storage and search go together, before a weight is read.
+
+    Raises:
+        UsageError: ICQ without storage for offsets, int8, or a storage the released numerics do not have.
+    """
     if spec.codebook == "int8":
-        raise UsageError("int8 has nothing to search", where=where, hint="Use irq_formats.blocks.encode_int8")
+        raise UsageError("int8 has nothing to search", hint="Use irq_formats.blocks.encode_int8")
     if config.icq and spec.tau == "none":
         raise UsageError(
-            "ICQ finds an offset, and the storage holds none", where=where, hint="Set tau, or icq=False"
+            "ICQ finds an offset, and tau none stores none",
+            hint="Store it (tau dq8, f16 or f32), or switch the search off (--no-icq)",
         )
     if config.numerics == "reference":
         check_spec(spec, config)

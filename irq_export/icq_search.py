@@ -97,7 +97,7 @@ class SearchConfig:
                 "the released method has neither a refit nor a squared error",
                 expected="refine none, objective entropy, tie first",
                 got=f"refine {self.refine}, objective {self.objective}, tie {self.tie}",
-                hint="Use SearchConfig.released() or numerics exact",
+                hint="Give refine none, objective entropy and tie first, or numerics exact",
             )
 
     @classmethod

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from irq_export.icq import SearchConfig, quantize_rows
+from irq_export.icq import SearchConfig, check_settings, quantize_rows
 from irq_export.quantize_plan import INT8, QuantizePlan, plan_quantization
 from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
 from irq_formats.checkpoint_writer import checkpoint_writer
@@ -162,6 +162,7 @@ def quantize(
     started = time.monotonic()
     spec = BlockSpec(codebook, block_size, scale, tau, scale_rounding)
     search = SearchConfig(icq=icq, objective=objective, tie=tie, refine=refine, numerics=numerics)
+    check_settings(spec, search)
     where = _device(device)
     plan = plan_quantization(model_dir, spec, embedding=embedding, include=include, exclude=exclude)
     output = Path(output_dir)

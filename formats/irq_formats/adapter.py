@@ -25,12 +25,13 @@ from math import gcd, isfinite
 import numpy as np
 from numpy.typing import NDArray
 
-from irq_formats.errors import MalformedFile, UsageError
+from irq_formats.errors import MalformedFile, UsageError, WrongBase
 
 __all__ = [
     "Adapter",
     "LoraLayer",
     "branch",
+    "check_base_hash",
     "delta_weight",
     "elastic",
     "fold",
@@ -162,6 +163,27 @@ def elastic(x: FloatArray, width: int) -> FloatArray:
     groups = gcd(n, width)
     means = x.reshape(*x.shape[:-1], groups, n // groups).mean(axis=-1)
     return np.repeat(means, width // groups, axis=-1)
+
+
+def check_base_hash(adapter_hash: str | None, base_hash: str | None, where: object) -> None:
+    """Check that an adapter was trained against a base, where both say which one.
+
+    Args:
+        adapter_hash: What the adapter records.
+        base_hash: That of the base it is to be applied to.
+        where: The adapter, for the error.
+
+    Raises:
+        WrongBase: They differ.
+    """
+    if adapter_hash is not None and base_hash is not None and adapter_hash != base_hash:
+        raise WrongBase(
+            "the adapter was trained against another quantised base",
+            where=where,
+            expected=f"base hash {base_hash}",
+            got=adapter_hash,
+            hint="Use it with the checkpoint it was trained on",
+        )
 
 
 def branch(layer: LoraLayer, x: FloatArray) -> FloatArray:

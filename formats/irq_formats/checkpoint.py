@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
-from irq_formats.errors import MalformedFile
+from irq_formats.errors import MalformedFile, UsageError
 from irq_formats.files import open_fixed
 from irq_formats.manifest import check_manifest
 from irq_formats.model import ModelConfig
@@ -129,9 +129,9 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     """
     path = Path(path)
     config = read_config(path)
+    quantization = Quantization.from_dict(config.get("quantization_config"), where=path / "config.json")
     if verify:
         check_manifest(path)
-    quantization = Quantization.from_dict(config.get("quantization_config"), where=path / "config.json")
     model = ModelConfig.from_hf(config)
     tensors = open_sharded(path)
     blocks, plain = _match(model, quantization, tensors, path)
@@ -149,9 +149,15 @@ def read_config(path: Path) -> dict[str, object]:
     """Read ``config.json`` of a model directory.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is no such directory, or no such file in it.
         MalformedFile: It is not a JSON object, or absurdly large.
     """
+    if not path.is_dir():
+        raise UsageError(
+            "is not a directory" if path.exists() else "no such directory",
+            where=path,
+            expected="a model directory on this disk",
+        )
     file = open_fixed(path / "config.json")
     if file.size > _MAX_CONFIG_BYTES:
         raise MalformedFile(

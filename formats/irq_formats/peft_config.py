@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 from pathlib import Path
 
-from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.files import open_fixed
 from irq_formats.strict_json import parse_object
 
@@ -105,6 +105,8 @@ def read_lora_config(path: Path) -> LoraConfig:
 
 
 def _read_json_object(path: Path) -> dict[str, object]:
+    if not path.parent.is_dir():
+        raise UsageError("no such directory", where=path.parent, expected="the folder of an adapter")
     if not path.is_file():
         raise MalformedFile(
             "not an adapter: the configuration is missing",

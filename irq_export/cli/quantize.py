@@ -24,7 +24,11 @@ __all__ = ["command"]
     show_default=True,
 )
 @click.option("--block-size", type=click.Choice(["64", "32"]), default="64", show_default=True)
-@click.option("--no-icq", is_flag=True, help="No search: plain QLoRA scales. Combine with --tau none.")
+@click.option(
+    "--no-icq",
+    is_flag=True,
+    help="No search: scales from the absolute maximum. With --refine none --tau none: plain QLoRA.",
+)
 @click.option(
     "--objective",
     type=click.Choice(["entropy", "mse"]),
@@ -104,7 +108,7 @@ def command(
     other tensor keeps its own dtype, bit for bit. Tokenizer and chat template are copied.
     """
     if dry_run:
-        _show_plan(model_dir, int(block_size), options, as_json=as_json)
+        _show_plan(model_dir, int(block_size), not no_icq, options, as_json=as_json)
         return
     if output_dir is None:
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
@@ -142,12 +146,17 @@ def _skipped_lines(skipped: dict[str, str]) -> list[str]:
     return [f"not quantised: {name}: {reason}" for name, reason in skipped.items()]
 
 
-def _show_plan(model_dir: Path, block_size: int, options: dict[str, Any], *, as_json: bool) -> None:
+def _show_plan(
+    model_dir: Path, block_size: int, icq: bool, options: dict[str, Any], *, as_json: bool
+) -> None:
+    from irq_export.icq import SearchConfig, check_settings
     from irq_export.quantize_plan import plan_quantization
     from irq_formats.blocks import BlockSpec
 
     names = ("codebook", "scale", "tau", "scale_rounding")
     spec = BlockSpec(block_size=block_size, **{name: options[name] for name in names})
+    search = ("objective", "tie", "refine", "numerics")
+    check_settings(spec, SearchConfig(icq=icq, **{name: options[name] for name in search}))
     plan = plan_quantization(
         model_dir, spec, **{name: options[name] for name in ("embedding", "include", "exclude")}
     )

@@ -42,7 +42,6 @@ _PATH = click.Path(path_type=Path)
     type=click.Choice(["f16", "bf16", "f32"]),
     help="One stock file of floating-point weights, adapter merged in float64 and rounded once.",
 )
-@click.option("--lossy", is_flag=True, help="Reserved: merging the adapter into 2-4 bits is not implemented.")
 @click.option(
     "--int2-type",
     type=click.Choice(["auto", "q2_0", "q4_0"]),

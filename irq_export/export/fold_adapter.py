@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from irq_formats.adapter import Adapter, LoraLayer, fold_adapter_layers, tau_extra_rank, unify_rank
+from irq_formats.adapter import (
+    LoraLayer,
+    check_base_hash,
+    fold_adapter_layers,
+    tau_extra_rank,
+    unify_rank,
+)
 from irq_formats.atomic import atomic_dir
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import WrongBase
@@ -87,7 +93,7 @@ def fold_adapter(
     n_tau = 0
     if tau_from is not None:
         checkpoint = open_checkpoint(tau_from)
-        _check_base(adapter, checkpoint.base_hash, tau_from)
+        check_base_hash(adapter.base_hash, checkpoint.base_hash, adapter_dir)
         layers, n_tau = _with_tau_of(checkpoint, plain.layers)
         plain = replace(plain, layers=layers, base_hash=checkpoint.base_hash + WITHOUT_TAU)
     if uniform_rank:
@@ -105,17 +111,6 @@ def fold_adapter(
         base_checked=tau_from is not None and adapter.base_hash is not None,
         file_bytes=(target / "adapter_model.safetensors").stat().st_size,
     )
-
-
-def _check_base(adapter: Adapter, base_hash: str, where: object) -> None:
-    if adapter.base_hash is not None and adapter.base_hash != base_hash:
-        raise WrongBase(
-            "the adapter was trained against another quantised base",
-            where=where,
-            expected=f"base hash {adapter.base_hash}",
-            got=base_hash,
-            hint="Use the checkpoint the adapter was trained on.",
-        )
 
 
 def _with_tau_of(checkpoint: Checkpoint, layers: Mapping[str, LoraLayer]) -> tuple[dict[str, LoraLayer], int]:

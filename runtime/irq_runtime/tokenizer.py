@@ -137,7 +137,7 @@ def load_tokenizer(gguf: GgufFile) -> Tokenizer:
             "the file carries no Hugging Face tokenizer",
             where=where,
             expected="the key tokenizer.huggingface.json",
-            hint="Export the model with irq-export, which stores it",
+            hint="Put a tokenizer.json into the checkpoint and export it again",
         )
     try:
         model = tokenizers.Tokenizer.from_str(fields.string("tokenizer.huggingface.json"))

@@ -288,6 +288,30 @@ def test_dry_run_writes_nothing_and_knows_the_size(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [["--tau", "none"], ["--numerics", "reference"]])
+def test_contradictions_are_told_in_the_terms_of_the_command_line(
+    source: Path, tmp_path: Path, options: list[str]
+) -> None:
+    """By the dry run too, and before a weight is read."""
+    for place in (["--dry-run"], ["-o", tmp_path / "o"]):
+        done = run(source, *place, *options)
+        assert done.exit_code == 2
+        assert "model.layers" not in done.stderr
+        assert "SearchConfig" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_in_the_old_checkpoint_is_not_deleted(source: Path, tmp_path: Path) -> None:
+    """--force replaces what quantize wrote, not a night of training beside it."""
+    assert run(source, "-o", tmp_path / "new" / "o", "--include", Q).exit_code == 0
+    (tmp_path / "new" / "o" / "adapter").mkdir()
+    (tmp_path / "new" / "o" / "adapter" / "adapter_model.safetensors").write_bytes(b"trained")
+    done = run(source, "-o", tmp_path / "new" / "o", "--force", "--include", Q)
+    assert done.exit_code == 6
+    assert "adapter/adapter_model.safetensors" in done.stderr.replace("\n", "")
+    assert (tmp_path / "new" / "o" / "adapter" / "adapter_model.safetensors").read_bytes() == b"trained"
+
+
 _MEASURE = """
 import pathlib, re, sys
 import irq_export.quantize_model

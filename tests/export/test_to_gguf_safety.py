@@ -19,6 +19,7 @@ import irq_export
 from irq_export.cli import main
 from irq_export.export.gguf import convert, plan_gguf, to_gguf
 from irq_export.export.gguf.plan import check_complete
+from irq_export.export.gguf.tokenizer import read_tokenizer
 from irq_formats.blocks import BlockSpec
 from irq_formats.errors import (
     IrqError,
@@ -196,6 +197,19 @@ def test_an_input_is_never_overwritten(tmp_path):
         with pytest.raises(UsageError, match="overwrite the input"):
             to_gguf(given.path, output, profile=profile, adapter_dir=given.adapter_dir, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("output", ["", ".", "..", "/"])
+@pytest.mark.parametrize("options", [{}, {"profile": "stock"}])
+def test_an_output_without_a_name_is_refused(gguf_source, monkeypatch, tmp_path, output, options):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"names no file|overwrite the input"):
+        to_gguf(gguf_source("nf4").path, output, **options)
+
+
+def test_a_given_pre_tokenizer_is_noted(repo):
+    found = read_tokenizer(repo / "irq_export" / "demo_model", 1024, stock=True, pre_tokenizer="smollm")
+    assert any("smollm as given" in note for note in found.notes)
 
 
 def test_pair_has_a_manifest_and_a_modelfile(tmp_path, gguf_source):

@@ -168,6 +168,18 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_model_that_was_never_quantised_is_told_what_to_do(copy: Path) -> None:
+    edit_config(copy, lambda config: config.pop("quantization_config"))
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UnsupportedModel, match="irq-export quantize"):
+        open_checkpoint(copy)
+
+
+def test_file_instead_of_a_directory(copy: Path) -> None:
+    with pytest.raises(UsageError, match="is not a directory"):
+        open_checkpoint(copy / "config.json")
+
+
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(IrqError):
         open_checkpoint(tmp_path / "none")

@@ -59,10 +59,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from irq_formats.adapter import LoraLayer
+from irq_formats.adapter import LoraLayer, check_base_hash
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
 from irq_formats.double_quant import GROUP_SIZE, dynamic_map
-from irq_formats.errors import MalformedFile, UnsupportedModel, WrongBase
+from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.fields import Fields
 from irq_formats.gguf.reader import GgufFile
 
@@ -156,16 +156,8 @@ def check_base(model: GgufFile, adapter: GgufFile) -> None:
     Raises:
         WrongBase: It names another one.
     """
-    expected = read_base_hash(model)
     got = read_base_hash(adapter, "irq.adapter.base_hash")
-    if expected and got and expected != got:
-        raise WrongBase(
-            "the adapter was trained against another quantised base",
-            where=adapter.path,
-            expected=expected,
-            got=got,
-            hint="Export the adapter together with the checkpoint it belongs to",
-        )
+    check_base_hash(got, read_base_hash(model), adapter.path)
 
 
 def _same_length(where: str, arrays: Mapping[str, object], expected: int) -> None:

@@ -8,9 +8,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from irq_formats.adapter import Adapter, LoraLayer, fold, fold_adapter_layers, tau_extra_rank
+from irq_formats.adapter import (
+    Adapter,
+    LoraLayer,
+    check_base_hash,
+    fold,
+    fold_adapter_layers,
+    tau_extra_rank,
+)
 from irq_formats.checkpoint import Checkpoint
-from irq_formats.errors import UsageError, WrongBase
+from irq_formats.errors import UsageError
 from irq_formats.gguf.irq_check import check_adapter_fits
 from irq_formats.names import hf_to_gguf
 from irq_formats.peft_adapter import read_peft_adapter
@@ -23,7 +30,7 @@ NO_ADAPTER = Adapter({})
 F32 = NDArray[np.float32]
 
 
-def export_adapter(checkpoint: Checkpoint, adapter_dir: Path | None, mode: str) -> Adapter:
+def export_adapter(checkpoint: Checkpoint, adapter_dir: str | Path | None, mode: str) -> Adapter:
     """Return the adapter to export, in the order of the model, folded if ``mode`` is ``fold``.
 
     Args:
@@ -44,14 +51,7 @@ def export_adapter(checkpoint: Checkpoint, adapter_dir: Path | None, mode: str) 
             )
         return NO_ADAPTER
     adapter = read_peft_adapter(directory)
-    if adapter.base_hash is not None and adapter.base_hash != checkpoint.base_hash:
-        raise WrongBase(
-            "the adapter was trained against another quantised base",
-            where=directory,
-            expected=f"base hash {checkpoint.base_hash}",
-            got=adapter.base_hash,
-            hint="Export it with the checkpoint it was trained on",
-        )
+    check_base_hash(adapter.base_hash, checkpoint.base_hash, directory)
     check_adapter_fits(
         {hf_to_gguf(module): layer for module, layer in adapter.layers.items()}, checkpoint.model, directory
     )

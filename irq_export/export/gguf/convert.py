@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from irq_export.export.gguf.adapters import NO_ADAPTER, export_adapter
 from irq_export.export.gguf.irq_profile import irq_files
@@ -98,37 +99,18 @@ class ExportResult:
         return "\n".join(lines)
 
 
-def plan_gguf(
-    checkpoint: str | Path,
-    output: str | Path,
-    *,
-    profile: str = "irq",
-    adapter_dir: str | Path | None = None,
-    adapter: str = "keep",
-    separate_adapter: bool = False,
-    merge: str | None = None,
-    lossy: bool = False,
-    int2_type: str = "auto",
-    nf_type: str = "q8_0",
-    pre_tokenizer: str | None = None,
-) -> Plan:
+def plan_gguf(checkpoint: str | Path, output: str | Path, **options: Any) -> Plan:
     """Return what :func:`to_gguf` with the same arguments would write; write nothing.
+
+    Args:
+        checkpoint: As for :func:`to_gguf`.
+        output: As for :func:`to_gguf`.
+        **options: The fields of :class:`~irq_export.export.gguf.options.GgufOptions`.
 
     Raises:
         IrqError: As :func:`to_gguf`, but for its output and the disk.
     """
-    options = GgufOptions(
-        profile=profile,
-        adapter_dir=None if adapter_dir is None else Path(adapter_dir),
-        adapter=adapter,
-        separate_adapter=separate_adapter,
-        merge=merge,
-        lossy=lossy,
-        int2_type=int2_type,
-        nf_type=nf_type,
-        pre_tokenizer=pre_tokenizer,
-    )
-    return _Export.open(checkpoint, Path(output), options).plan
+    return _Export.open(checkpoint, Path(output), GgufOptions(**options)).plan
 
 
 def to_gguf(
@@ -140,7 +122,6 @@ def to_gguf(
     adapter: str = "keep",
     separate_adapter: bool = False,
     merge: str | None = None,
-    lossy: bool = False,
     int2_type: str = "auto",
     nf_type: str = "q8_0",
     pre_tokenizer: str | None = None,
@@ -157,7 +138,6 @@ def to_gguf(
         adapter: ``keep``, ``fold``, ``merge`` (needs ``merge``) or ``drop``.
         separate_adapter: Profile irq: write the adapter to ``STEM.adapter.gguf`` beside the model.
         merge: ``f16``, ``bf16`` or ``f32``: one stock file of floating-point weights, adapter merged.
-        lossy: Reserved for merging into 2-4 bits, which is not implemented.
         int2_type: Profile stock, int2: ``auto``, ``q2_0`` or ``q4_0``.
         nf_type: Profile stock, nf codebooks: ``q8_0`` or ``bf16``.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it is not recognised.
@@ -175,11 +155,10 @@ def to_gguf(
     """
     options = GgufOptions(
         profile=profile,
-        adapter_dir=None if adapter_dir is None else Path(adapter_dir),
+        adapter_dir=adapter_dir,
         adapter=adapter,
         separate_adapter=separate_adapter,
         merge=merge,
-        lossy=lossy,
         int2_type=int2_type,
         nf_type=nf_type,
         pre_tokenizer=pre_tokenizer,
@@ -231,7 +210,7 @@ class _Export:
     def inputs(self, options: GgufOptions) -> list[Path]:
         """Return the directories that are read."""
         adapter_dir = options.adapter_dir or self.checkpoint.adapter_dir
-        return [self.checkpoint.path] + ([] if adapter_dir is None else [adapter_dir])
+        return [self.checkpoint.path] + ([] if adapter_dir is None else [Path(adapter_dir)])
 
     def write(self, *, overwrite: bool, progress: Progress | None) -> None:
         """Write all files; each appears under its final name only when it is complete."""

@@ -28,7 +28,6 @@ class GgufOptions:
             type); ``drop``. In stock files it is always folded, in merged ones always merged.
         separate_adapter: Profile irq: write the adapter to ``STEM.adapter.gguf`` beside the model.
         merge: ``f16``, ``bf16`` or ``f32``: one stock file of floating-point weights.
-        lossy: Reserved for merging into 2-4 bits, which is not implemented.
         int2_type: Profile stock, int2: ``q2_0``, ``q4_0`` or ``auto`` (q2_0 where blocks are 64).
         nf_type: Profile stock, nf codebooks: ``q8_0`` (codes; tau in the adapter) or ``bf16`` (decoded
             weights, tau inside).
@@ -39,11 +38,10 @@ class GgufOptions:
     """
 
     profile: str = "irq"
-    adapter_dir: Path | None = None
+    adapter_dir: str | Path | None = None
     adapter: str = "keep"
     separate_adapter: bool = False
     merge: str | None = None
-    lossy: bool = False
     int2_type: str = "auto"
     nf_type: str = "q8_0"
     pre_tokenizer: str | None = None
@@ -59,10 +57,9 @@ class GgufOptions:
             if (got := getattr(self, name)) not in allowed:
                 raise UsageError(f"unknown {name}", expected=" | ".join(filter(None, allowed)), got=got)
         if self.adapter == "merge" and self.merge is None:
-            hint = "Use --adapter keep, or --merge bf16 for one floating-point file"
             raise UsageError(
                 "merging the adapter into 2-4 bits quantises it again: that is not what was trained",
-                hint=hint + (" (re-quantisation with --lossy is not implemented)" if self.lossy else ""),
+                hint="Use --adapter keep, or --merge bf16 for one floating-point file",
             )
         if self.separate_adapter and (self.is_stock or self.adapter == "drop"):
             raise UsageError("a separate adapter file belongs to profile irq, with an adapter")

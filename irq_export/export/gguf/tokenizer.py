@@ -78,6 +78,8 @@ def read_tokenizer(
             raise
         values = {"tokenizer.ggml.model": STR("none")}
         notes.append(f"no tokens in llama.cpp's terms: {error}")
+    if pre_tokenizer is not None:
+        notes.append(f"pre-tokenizer {pre_tokenizer} as given: irq-export verify shows if llama.cpp agrees")
     values |= {f"tokenizer.ggml.{key}": U32(token_id) for key, token_id in special.items()}
     values |= _template_values(directory, config)
     values["tokenizer.huggingface.json"] = STR(text.decode("utf-8"))
