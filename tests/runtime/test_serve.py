@@ -338,6 +338,8 @@ class TestRefusals:
         reply = client.post("/v1/completions", json={"prompt": "x", "model": "gpt"})
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
         assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["demo"]
+        assert client.get("/v1/models/demo").json()["id"] == "demo"
+        assert client.get("/v1/models/other").status_code == 404
 
     def test_requests_a_web_page_could_send(self, client: httpx.Client) -> None:
         """A form's content type needs no preflight; a name pointed at this machine needs no CORS."""
@@ -375,6 +377,11 @@ class TestRefusals:
             reply = client.post("/v1/completions", json={"prompt": prompt})
             assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
             assert post(client, prompt=prompt[1:], max_tokens=50)["usage"]["completion_tokens"] >= 1
+
+    def test_without_a_queue_one_after_the_other_is_served(self, demo: Path) -> None:
+        with client_of(demo, sequences=1, queue=0) as client:
+            for _ in range(50):
+                post(client, prompt=PROMPT, max_tokens=1)
 
     def test_length_of_the_queue(self, demo: Path) -> None:
         with client_of(demo, sequences=1, queue=15) as client:

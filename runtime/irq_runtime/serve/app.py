@@ -52,16 +52,22 @@ def create_app(service: Service) -> FastAPI:
         }
         return JSONResponse(state, 200 if load.is_alive else 503)
 
+    model = {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "irq-export",
+        "context": service.context,
+    }
+
     @app.get("/v1/models")
     async def models() -> Response:
-        model = {
-            "id": name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "irq-export",
-            "context": service.context,
-        }
         return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{asked:path}")
+    async def one_model(asked: str) -> Response:
+        service.check_model(asked)
+        return JSONResponse(model)
 
     @app.post("/v1/completions")
     async def completions(fields: CompletionRequest, request: Request) -> Response:

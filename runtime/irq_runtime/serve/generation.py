@@ -90,13 +90,16 @@ class Job:
         self._text = TextStream(tokenizer, generation.prompt, generation.stop)
         self._tokens = 0
 
-    def advance(self, logits: NDArray[np.float32]) -> bool:
-        """Choose the token after ``unread`` (logits float32 ``(vocab_size,)``); return whether to go on."""
+    def advance(self, logits: NDArray[np.float32]) -> str | None:
+        """Choose the token after ``unread``; return why the text ends, or None if it goes on.
+
+        Args:
+            logits: ``(vocab_size,)``.
+        """
         params = self._generation.params
         token = sample(logits, params, self._rng, self._seen)
         if token in params.stop_tokens:
-            self._flush("stop")
-            return False
+            return self._finish("stop")
         self._tokens += 1
         self._seen.append(token)
         self.unread = [token]
@@ -106,20 +109,19 @@ class Job:
         if text or logprobs is not None:
             self._emit(Delta(text, logprobs))
         if self._text.stopped or self._tokens == params.max_tokens:
-            self._flush("stop" if self._text.stopped else "length")
-            return False
-        return True
-
-    def _flush(self, reason: str) -> None:
-        """Emit the text held back, and the end."""
-        rest = self._text.finish()
-        if rest:
-            self._emit(Delta(rest))
-        self.end("stop" if self._text.stopped else reason)
+            return self._finish("length")
+        return None
 
     def end(self, reason: str, error: IrqError | None = None) -> None:
         """Emit the end."""
         self._emit(Done(reason, self._tokens, self.cached, error))
+
+    def _finish(self, reason: str) -> str:
+        """Emit the text held back; return the reason, which is ``stop`` if there is a stop string in it."""
+        rest = self._text.finish()
+        if rest:
+            self._emit(Delta(rest))
+        return "stop" if self._text.stopped else reason
 
 
 def _logprobs(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprobs:

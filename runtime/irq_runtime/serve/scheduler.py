@@ -189,7 +189,7 @@ class Scheduler:
         try:
             slot.session.next_logits(part)
         except IrqError as error:
-            self._fail(slot, job, error)
+            self._finish(slot, job, "error", error)
             return
         del job.unread[: len(part)]
         if len(part) == self._chunk:
@@ -206,32 +206,32 @@ class Scheduler:
             )
         except IrqError as error:
             for slot, job in ready:
-                self._fail(slot, job, error)
+                self._finish(slot, job, "error", error)
             return
         for (slot, job), row in zip(ready, logits, strict=True):
-            if not job.advance(row):
-                self._release(slot)
+            reason = job.advance(row)
+            if reason is not None:
+                self._finish(slot, job, reason)
 
-    def _release(self, slot: _Slot) -> None:
+    def _finish(self, slot: _Slot, job: Job, reason: str, error: IrqError | None = None) -> None:
+        """Free a slot, then tell the client: its next request finds the slot free."""
         with self._wake:
             slot.job = None
-
-    def _fail(self, slot: _Slot, job: Job, error: IrqError) -> None:
-        job.end("error", error)
-        self._release(slot)
+        job.end(reason, error)
 
     def _drop_cancelled(self) -> None:
         for slot, job in self._busy():
             if job.cancelled:
-                job.end("cancelled")
                 slot.job = None
+                job.end("cancelled")
         for job in [job for job in self._waiting if job.cancelled]:
             self._waiting.remove(job)
             job.end("cancelled")
 
     def _end_all(self) -> None:
+        error = Stopping("the server is stopping")
         for slot, job in self._busy():
-            job.end("error", Stopping("the server is stopping"))
             slot.job = None
+            job.end("error", error)
         while self._waiting:
-            self._waiting.popleft().end("error", Stopping("the server is stopping"))
+            self._waiting.popleft().end("error", error)

@@ -25,6 +25,9 @@ __all__ = ["Ready", "open_service", "serve"]
 #: Seconds beyond ``grace_s`` for replies to reach clients that read slowly.
 _FLUSH_S = 3
 
+#: Beyond these, connections are answered with 503: a process has only so many file descriptors.
+_MAX_CONNECTIONS = 512
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -113,7 +116,9 @@ def serve(
             create_app(service),
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             ws="none",
+            limit_concurrency=_MAX_CONNECTIONS,
             timeout_graceful_shutdown=int(options.grace_s) + _FLUSH_S,
         )
         if on_ready is not None:

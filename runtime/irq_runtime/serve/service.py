@@ -42,7 +42,7 @@ class Service:
             PromptTooLong: A prompt exceeds the limit.
             NoSuchModel: Another model is asked for.
         """
-        self._check_model(request)
+        self.check_model(request.model)
         prompts = [self._tokens(prompt) for prompt in request.prompts]
         return self._generations(request, prompts, request.max_tokens, request.logprobs)
 
@@ -55,7 +55,7 @@ class Service:
             PromptTooLong: The conversation exceeds the limit.
             NoSuchModel: Another model is asked for.
         """
-        self._check_model(request)
+        self.check_model(request.model)
         if self.tokenizer.chat_template is None:
             raise UsageError("the model has no chat template", hint="Use /v1/completions")
         messages = [{"role": message.role, "content": message.text} for message in request.messages]
@@ -65,9 +65,10 @@ class Service:
             request, [prompt], max_tokens, request.top_logprobs if request.logprobs else None
         )
 
-    def _check_model(self, request: Request) -> None:
-        if request.model is not None and request.model != self.options.model_name:
-            raise NoSuchModel("no such model", expected=self.options.model_name, got=request.model[:200])
+    def check_model(self, asked: str | None) -> None:
+        """Raise NoSuchModel if another model than the served one is asked for."""
+        if asked is not None and asked != self.options.model_name:
+            raise NoSuchModel("no such model", expected=self.options.model_name, got=asked[:200])
 
     def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
