@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +19,14 @@ import httpx
 import pytest
 
 from irq_formats.errors import UsageError
+from irq_formats.gguf import open_gguf
 from irq_runtime.completion import complete
+from irq_runtime.engine import Engine
+from irq_runtime.sampling import SamplingParams
+from irq_runtime.serve.generation import Done, Event, Generation
 from irq_runtime.serve.options import ServeOptions
+from irq_runtime.serve.scheduler import Scheduler
+from irq_runtime.tokenizer import load_tokenizer
 from tests.serving import running_server
 
 PROMPT = "Once upon a time"
@@ -241,14 +247,29 @@ class TestTogether:
         assert set(texts) == {alone}
 
     def test_texts_share_passes(self, demo: Path) -> None:
-        """Four together need fewer passes over the weights than one after the other."""
-        with client_of(demo, sequences=4) as client, ThreadPoolExecutor(1) as pool:
-            long = pool.submit(text_of, client, max_tokens=400, temperature=1.0, seed=1, stop=["\x00"])
-            seen = 0
-            while not long.done():
-                post(client, prompt=PROMPT, max_tokens=1)
-                seen += 1
-        assert seen > 3  # short requests end while the long one runs
+        """Four texts of 40 tokens take 40 passes over the weights, and a few while prompts are read."""
+        widths: list[int] = []
+
+        class Counting(Engine):
+            def step_each(self, tokens: Sequence[int], caches: Sequence[Any]) -> Any:
+                widths.append(len(tokens))
+                return super().step_each(tokens, caches)
+
+        scheduler = Scheduler(Counting(demo, threads=1), load_tokenizer(open_gguf(demo)), chunk=CHUNK)
+        ended = threading.Semaphore(0)
+
+        def emit(index: int, event: Event) -> None:
+            if isinstance(event, Done):
+                ended.release()
+
+        params = SamplingParams(max_tokens=40)
+        scheduler.submit([Generation(tuple(range(5, 5 + n)), params) for n in (1, 9, 17, 40)], emit)
+        for _ in range(4):
+            assert ended.acquire(timeout=30)
+        scheduler.close()
+        assert sum(widths) == 160
+        assert max(widths) == 4
+        assert len(widths) < 50
 
     def test_shared_beginnings_are_read_once(self, demo: Path) -> None:
         with client_of(demo, sequences=1) as client:
