@@ -72,28 +72,26 @@ def _prove(directory: Path, codebook: str, profile: str, exported: Path) -> dict
     screen = console()
     checkpoint = directory / f"{codebook}-checkpoint"
     screen.print(f"quantising to {codebook} with ICQ ...")
-    quantized = quantize(Path(__file__).parent.parent / "demo_model", checkpoint, codebook=codebook)
+    quantize(Path(__file__).parent.parent / "demo_model", checkpoint, codebook=codebook)
     base_hash = open_checkpoint(checkpoint).base_hash
     adapter = random_adapter(load_model(checkpoint), rank=8, seed=0, base_hash=base_hash)
     adapter_dir = directory / f"{codebook}-adapter"
     write_peft_adapter(adapter_dir, adapter, base_model_name=str(checkpoint))
     screen.print(f"packing profile {profile} ...")
-    to_gguf(checkpoint, exported, profile=profile, adapter_dir=adapter_dir)
+    packed = to_gguf(checkpoint, exported, profile=profile, adapter_dir=adapter_dir)
     target = open_target(exported)
     text = _generate(ReferenceRuntime(target.model, target.adapter, 1.0, "float32"), target)
     screen.print("comparing with PyTorch ...")
     report = verify(exported, against=checkpoint, adapter=adapter_dir)
-    bytes_on_disk = sum(
-        path.stat().st_size for path in (exported.rglob("*.gguf") if exported.is_dir() else [exported])
-    )
+    bytes_on_disk = sum(file.nbytes for file in packed.files)
     summary = (
-        f"{codebook}, profile {profile}: {quantized.bits_per_weight():.3f} bits per weight, "
+        f"{codebook}, profile {profile}: {packed.bits_per_weight:.3f} bits per weight, "
         f"{bytes_on_disk / 1e6:.2f} MB\n{_PROMPT}{text}\n{report.to_text()}"
     )
     return {
         "codebook": codebook,
         "profile": profile,
-        "bits_per_weight": quantized.bits_per_weight(),
+        "bits_per_weight": packed.bits_per_weight,
         "file_bytes": bytes_on_disk,
         "generated": text,
         "report": report.to_dict(),

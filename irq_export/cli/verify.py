@@ -20,7 +20,13 @@ _PATH = click.Path(path_type=Path)
 @click.command("verify")
 @click.argument("file", type=_PATH)
 @click.option("--against", required=True, type=_PATH, help="The checkpoint the file was made from.")
-@click.option("--adapter", type=_PATH, help="PEFT adapter directory (default: the checkpoint's own).")
+@click.option(
+    "--adapter-dir",
+    "--adapter",
+    "adapter",
+    type=_PATH,
+    help="PEFT adapter directory (default: the checkpoint's own).",
+)
 @click.option("--adapter-gguf", type=_PATH, help="A separate adapter file that belongs to FILE.")
 @click.option(
     "--runtime", "runtimes", multiple=True, help="reference, llama.cpp, native; repeatable (default: all)."
