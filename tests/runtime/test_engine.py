@@ -13,6 +13,7 @@ from malformed_corpus import CORPUS, Case, load_cases
 from tiny_files import (
     BASE_HASH,
     block_tensors,
+    irq_parts,
     model_config,
     permute,
     source,
@@ -28,11 +29,13 @@ from tolerance import NMSE_FAST_TINY, NMSE_FLOAT32
 from irq_formats.adapter import LoraLayer, random_layer, tau_extra_rank
 from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
 from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel, UsageError, WrongBase
+from irq_formats.gguf import GgufValue, TensorSource
 from irq_formats.names import hf_to_gguf
 from irq_runtime import _native
 from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model
 from irq_runtime.sampling import SamplingParams, generate
+from tests.formats.test_irq_payload import CASES, Parts
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -360,3 +363,27 @@ def test_greedy_equals_the_reference(irq_file: Path) -> None:
     expected = greedy(load_model(irq_file).session, prompt, 200)
     assert greedy(Engine(irq_file).session, prompt, 200) == expected
     assert len(set(expected)) > 5
+
+
+@pytest.fixture(scope="module")
+def sound_parts() -> tuple[dict[str, GgufValue], list[TensorSource]]:
+    blocks = block_tensors(tiny_model(), BlockSpec("nf4"))
+    layer = random_layer((128, 128), 10.0, np.random.default_rng(0))
+    return irq_parts(tiny_model(), blocks, {"model.layers.0.self_attn.q_proj": layer})
+
+
+@pytest.mark.parametrize("vandalism", [*CASES.values(), None], ids=[*CASES, "sound"])
+def test_malformed_irq_payload(
+    vandalism: Callable[[Parts], object] | None,
+    sound_parts: tuple[dict[str, GgufValue], list[TensorSource]],
+    tmp_path: Path,
+) -> None:
+    """What the Python check of irq files refuses, the engine refuses."""
+    metadata, sources = sound_parts
+    parts = Parts(dict(metadata), {tensor.name: tensor for tensor in sources})
+    if vandalism is None:
+        Engine(parts.write(tmp_path / "m.gguf"))
+        return
+    vandalism(parts)
+    with pytest.raises((MalformedFile, UnsupportedModel, UsageError)):
+        Engine(parts.write(tmp_path / "m.gguf"))

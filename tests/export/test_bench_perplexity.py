@@ -1,0 +1,116 @@
+"""irq-export bench and perplexity, on stories260K and through the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from irq_export.cli import main
+from irq_export.perplexity import perplexity
+from irq_formats.errors import MalformedFile, OutputExists, UsageError
+from irq_formats.gguf import BOOL, STR, U32
+from irq_formats.gguf.reader import open_gguf
+from irq_runtime.bench import bench
+from irq_runtime.tokenizer import load_tokenizer
+from tests.tiny_files import write_stock
+
+TEXT = "Once upon a time, there was a little girl named Lily. She loved to play in the park. " * 20
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def model(shared_data: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        shared_data / "models" / "stories260k-fp32" / "hf", dtype=torch.float64
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(shared_data: Path, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("perplexity")
+    hf = shared_data / "models" / "stories260k-fp32" / "hf"
+    metadata = {
+        "tokenizer.huggingface.json": STR((hf / "tokenizer.json").read_text()),
+        "tokenizer.ggml.bos_token_id": U32(1),
+        "tokenizer.ggml.eos_token_id": U32(2),
+        "tokenizer.ggml.add_bos_token": BOOL(True),
+    }
+    write_stock(work / "m.gguf", model, metadata=metadata)
+    (work / "text.txt").write_text(TEXT)
+    return work
+
+
+def test_perplexity_is_that_of_transformers(folder: Path, model: PreTrainedModel) -> None:
+    """Windows without overlap, BOS first, the second half scored: as llama-perplexity does."""
+    ids = load_tokenizer(open_gguf(folder / "m.gguf")).encode(TEXT)
+    losses = []
+    for begin in range(0, len(ids) - CONTEXT + 1, CONTEXT):
+        window = torch.tensor([[1, *ids[begin + 1 : begin + CONTEXT]]])
+        with torch.no_grad():
+            log_p = model(window).logits[0].log_softmax(-1)
+        rows = torch.arange(CONTEXT // 2 - 1, CONTEXT - 1)
+        losses.append(-log_p[rows, window[0, CONTEXT // 2 :]])
+    expected = float(torch.cat(losses).mean().exp())
+    for runtime in ("native", "reference"):
+        report = perplexity(
+            model=folder / "m.gguf", text=folder / "text.txt", runtime=runtime, context=CONTEXT
+        )
+        assert report.perplexity == pytest.approx(expected, rel=1e-5)  # float32: 1e-6 a loss
+        assert (report.windows, report.scored) == (len(losses), len(losses) * CONTEXT // 2)
+        assert report.divergence is None
+
+
+def test_divergence_from_saved_logits(folder: Path, tmp_path: Path) -> None:
+    options = {"text": folder / "text.txt", "context": CONTEXT, "windows": 2}
+    saved = tmp_path / "logits.safetensors"
+    first = perplexity(model=folder / "m.gguf", save_logits=saved, **options)
+    again = perplexity(model=folder / "m.gguf", kl_against=saved, **options)
+    assert again.divergence is not None
+    assert (again.divergence.kl_mean, again.divergence.top1) == (0.0, 1.0)
+    assert again.divergence.perplexity_reference == pytest.approx(first.perplexity, rel=1e-6)
+    with pytest.raises(OutputExists):
+        perplexity(model=folder / "m.gguf", save_logits=saved, **options)
+    with pytest.raises(MalformedFile, match="another text"):
+        perplexity(model=folder / "m.gguf", kl_against=saved, **{**options, "context": 32})
+    with pytest.raises(UsageError, match="shorter"):
+        perplexity(model=folder / "m.gguf", text=folder / "text.txt", context=4096)
+
+
+def test_bench(folder: Path) -> None:
+    report = bench(model=folder / "m.gguf", prompt=(16,), generate=(8,), repetitions=2, threads=1)
+    assert [row.name for row in report.rows] == ["pp16", "tg8"]
+    prompt, generated = report.rows
+    assert prompt.tokens_per_second == pytest.approx(16 / np.median(prompt.seconds))
+    # every weight but the embedding is read once, and the tied head is the embedding
+    weights = sum(
+        tensor.nbytes for tensor in open_gguf(folder / "m.gguf").tensors.values() if len(tensor.shape) == 2
+    )
+    assert generated.bytes_per_token is not None
+    assert weights <= generated.bytes_per_token < 1.2 * weights
+    assert generated.bandwidth_share is not None
+    assert report.bandwidth > 1e8
+    assert "tg8" in report.to_text()
+
+
+def test_command_lines(folder: Path) -> None:
+    file, text = str(folder / "m.gguf"), str(folder / "text.txt")
+    result = CliRunner().invoke(main, ["bench", file, "-p", "8", "-n", "4", "-r", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    assert {row["name"] for row in json.loads(result.stdout)["rows"]} == {"pp8", "tg4"}
+    result = CliRunner().invoke(main, ["perplexity", file, text, "-c", "64", "--windows", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["scored"] == 32
+    assert CliRunner().invoke(main, ["bench", text]).exit_code == 3
+
+
+def test_neither_needs_torch() -> None:
+    code = "import sys, irq_export.perplexity, irq_runtime.bench; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
