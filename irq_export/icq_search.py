@@ -305,5 +305,7 @@ def plain_entropy(blocks: Tensor, codebook: str) -> int:
 def block_entropy(codes: Tensor, codebook: str) -> int:
     """Sum over blocks of the entropy of their codes uint8 (n, B), fixed point (``ENTROPY_UNIT`` a bit)."""
     book = _book(codebook, codes.shape[1], codes.device)
-    counts = torch.stack([(codes == k).sum(dim=1) for k in range(len(book.levels))], dim=1)
+    blocks, levels = len(codes), len(book.levels)
+    first = torch.arange(0, blocks * levels, levels, device=codes.device)
+    counts = torch.bincount((codes + first[:, None]).reshape(-1), minlength=blocks * levels)
     return int(book.table[counts].sum())
