@@ -108,6 +108,7 @@ class Flight:
                 if event.error is not None:
                     raise event.error
             yield index, event
+            await asyncio.sleep(0)  # queued events do not wait: let the loop see that a client has left
 
     def _usage(self, ends: Mapping[int, Done]) -> Json:
         """Return token counts; a prompt counts once, however many copies continue it."""
