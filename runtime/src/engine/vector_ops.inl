@@ -109,50 +109,63 @@ void swiglu(float *gate, const float *up, std::size_t size) {
     }
 }
 
+// Scores of T tiles of 16 positions side by side: as many sums in flight hide the latency of addition.
+template <std::size_t T, typename Element>
+void score_tiles(const float *q, const Element *keys, std::size_t head_dim, float scale, float *scores) {
+    Vector total[T] = {};
+    for (std::size_t d = 0; d < head_dim; ++d) {
+        for (std::size_t t = 0; t < T; ++t) total[t] += q[d] * load(keys + (t * head_dim + d) * lanes);
+    }
+    for (std::size_t t = 0; t < T; ++t) save(total[t] * scale, scores + t * lanes);
+}
+
 // scores[i] = q . keys[i] / sqrt(head_dim), minus infinity beyond length; returns the largest.
 template <typename Element>
 float score(const float *q, const Element *keys, std::size_t head_dim, std::size_t length, float *scores) {
+    constexpr std::size_t together = 4;
     const float scale = 1.0F / std::sqrt(static_cast<float>(head_dim));
-    Vector most = Vector{} - std::numeric_limits<float>::infinity();
-    for (std::size_t tile = 0; tile < length; tile += lanes) {
-        const Element *column = keys + tile * head_dim;
-        Vector even = {}, odd = {};
-        for (std::size_t d = 0; d < head_dim; d += 2, column += 2 * lanes) {
-            even += q[d] * load(column);
-            odd += q[d + 1] * load(column + lanes);
-        }
-        Vector s = (even + odd) * scale;
-        for (std::size_t i = length - tile; i < lanes; ++i) s[i] = -std::numeric_limits<float>::infinity();
+    const std::size_t end = padded(length);
+    std::size_t i = 0;
+    for (; i + together * lanes <= end; i += together * lanes) {
+        score_tiles<together>(q, keys + i * head_dim, head_dim, scale, scores + i);
+    }
+    for (; i < end; i += lanes) score_tiles<1>(q, keys + i * head_dim, head_dim, scale, scores + i);
+    for (i = length; i < end; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+    Vector most = load(scores);
+    for (i = lanes; i < end; i += lanes) {
+        const Vector s = load(scores + i);
         most = s > most ? s : most;
-        save(s, scores + tile);
     }
     return maximum(most);
 }
 
-// out[d] = sum_i weights[i] * values[i, d], 64 columns at a time.
+// out[0 .. V * 16) = norm * sum_i weights[i] * values[i, 0 .. V * 16), two positions at a time.
+template <std::size_t V, typename Element>
+void mix_columns(const float *weights, const Element *values, std::size_t stride, std::size_t length, float norm,
+                 float *out) {
+    Vector even[V] = {}, odd[V] = {};
+    std::size_t i = 0;
+    for (; i + 2 <= length; i += 2, values += 2 * stride) {
+        for (std::size_t k = 0; k < V; ++k) even[k] += weights[i] * load(values + k * lanes);
+        for (std::size_t k = 0; k < V; ++k) odd[k] += weights[i + 1] * load(values + stride + k * lanes);
+    }
+    if (i < length) {
+        for (std::size_t k = 0; k < V; ++k) even[k] += weights[i] * load(values + k * lanes);
+    }
+    for (std::size_t k = 0; k < V; ++k) save((even[k] + odd[k]) * norm, out + k * lanes);
+}
+
+// out[d] = norm * sum_i weights[i] * values[i, d]
 template <typename Element>
 void mix(const float *weights, const Element *values, std::size_t head_dim, std::size_t length, float norm, float *out) {
-    constexpr std::size_t wide = 4;
+    constexpr std::size_t wide = 4 * lanes;
     const std::size_t stride = padded(head_dim);
-    for (std::size_t d = 0; d < stride; d += wide * lanes) {
-        const std::size_t vectors = (stride - d) / lanes < wide ? (stride - d) / lanes : wide;
-        Vector total[wide] = {};
-        const Element *row = values + d;
-        if (vectors == wide) {
-            for (std::size_t i = 0; i < length; ++i, row += stride) {
-                for (std::size_t k = 0; k < wide; ++k) total[k] += weights[i] * load(row + k * lanes);
-            }
-        } else {
-            for (std::size_t i = 0; i < length; ++i, row += stride) {
-                for (std::size_t k = 0; k < vectors; ++k) total[k] += weights[i] * load(row + k * lanes);
-            }
-        }
-        for (std::size_t k = 0; k < vectors; ++k) {
-            const std::size_t begin = d + k * lanes;
-            const std::size_t count = head_dim - begin < lanes ? head_dim - begin : lanes;
-            const Vector scaled = total[k] * norm;
-            std::memcpy(out + begin, &scaled, count * sizeof *out);
-        }
+    std::size_t d = 0;
+    for (; d + wide <= head_dim; d += wide) mix_columns<4>(weights, values + d, stride, length, norm, out + d);
+    for (; d < head_dim; d += lanes) {
+        float last[lanes];
+        mix_columns<1>(weights, values + d, stride, length, norm, last);
+        std::memcpy(out + d, last, (head_dim - d < lanes ? head_dim - d : lanes) * sizeof *out);
     }
 }
 
