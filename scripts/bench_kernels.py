@@ -117,7 +117,9 @@ def main() -> None:
     isas = [isa for isa in args.isas if _native.isa_supported(isa)]
     variants = [*product(isas, args.modes, args.tokens)]
     rows: list[Row] = []
-    print(f"{'size':8}{'format':9}{'isa':8}{'mode':6}{'tokens':>7}{'threads':>8}{'bpw':>7}{'GB/s':>8}{'GFLOP/s':>9}")
+    print(
+        f"{'size':8}{'format':9}{'isa':8}{'mode':6}{'tokens':>7}{'threads':>8}{'bpw':>7}{'GB/s':>8}{'GFLOP/s':>9}"
+    )
     for size, name in product(args.sizes, args.formats):
         weight = weight_of(name, SIZES[size])
         for threads in args.threads:
