@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import product
@@ -36,6 +37,7 @@ from irq_runtime import _native
 from irq_runtime.engine import Engine
 from irq_runtime.tokenizer import load_tokenizer
 
+Run = Callable[[str, int, list[int]], float]  # kind, count, tokens: tokens per second
 TESTS = (("pp", 128), ("pp", 512), ("tg", 64))  # a prompt of n tokens, n generated tokens
 CONTEXT = 1024
 POSITIONS = 128
@@ -47,8 +49,7 @@ class Side:
 
     name: str
     path: Path
-    runtime: str  # "ours" or "llama.cpp"
-    mode: str = ""
+    mode: str = ""  # empty: llama.cpp
     isa: str = ""
 
 
@@ -99,30 +100,26 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def work_ours(pipe: Connection, side: Side, threads: int) -> None:
-    """Child process: answer tests until told to stop."""
+def open_ours(side: Side, threads: int) -> tuple[Run, dict[str, Any]]:
+    """Open a model in the native engine; return what runs a test, and facts."""
     _native.set_isa(side.isa)
-    before, started = resident(), time.perf_counter()
     engine = Engine(side.path, threads=threads, mode=side.mode, context=CONTEXT)
-    load = time.perf_counter() - started
-    pipe.send({"load": load, "bytes": engine.info.bytes_per_token, "isa": engine.info.isa})
-    while (request := pipe.recv()) is not None:
-        (kind, count), tokens = request
+
+    def run(kind: str, count: int, tokens: list[int]) -> float:
         session = engine.session()
+        started = time.perf_counter()
+        logits = session.next_logits(tokens)
         if kind == "tg":
-            logits = session.next_logits(tokens)
-        wall, cpu = time.perf_counter(), time.process_time()
-        if kind == "pp":
-            session.next_logits(tokens)
-        else:
+            started = time.perf_counter()
             for _ in range(count):
                 logits = session.next_logits([int(logits.argmax())])
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        pipe.send((count / wall, cpu / wall / threads, resident() - before))
+        return count / (time.perf_counter() - started)
+
+    return run, {"bytes_per_token": engine.info.bytes_per_token, "isa": engine.info.isa}
 
 
-def work_peer(pipe: Connection, side: Side, threads: int) -> None:
-    """Child process: the same of llama.cpp. Its timing of n + 1 generated tokens covers n steps."""
+def open_peer(side: Side, threads: int) -> tuple[Run, dict[str, Any]]:
+    """The same in llama.cpp, whose timing of n + 1 generated tokens covers n steps."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -130,20 +127,28 @@ def work_peer(pipe: Connection, side: Side, threads: int) -> None:
     params.n_ctx, params.n_parallel, params.fit_params = CONTEXT, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.verbosity, params.ui, params.cache_ram_mib, params.n_ctx_checkpoints = 0, False, 0, 0
-    before, started = resident(), time.perf_counter()
     server = xllamacpp.Server(params)
-    load = time.perf_counter() - started
-    pipe.send({"load": load, "bytes": 0, "isa": xllamacpp.get_system_info().strip()})
-    while (request := pipe.recv()) is not None:
-        (kind, count), tokens = request
+
+    def run(kind: str, count: int, tokens: list[int]) -> float:
         body = {"prompt": tokens, "n_predict": count + 1 if kind == "tg" else 1, "ignore_eos": True}
         body |= {"temperature": 0.0, "samplers": ["temperature"], "cache_prompt": False}
-        wall, cpu = time.perf_counter(), time.process_time()
         timings = server.handle_completions(body)["timings"]
+        return float(timings["prompt_per_second" if kind == "pp" else "predicted_per_second"])
+
+    return run, {"bytes_per_token": 0, "isa": xllamacpp.get_system_info().strip()}
+
+
+def work(pipe: Connection, side: Side, threads: int) -> None:
+    """Child process: answer tests until told to stop."""
+    before, started = resident(), time.perf_counter()
+    run, facts = (open_ours if side.mode else open_peer)(side, threads)
+    pipe.send({"load_seconds": time.perf_counter() - started, **facts})
+    while (request := pipe.recv()) is not None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        rate = run(*request)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        rate = timings["prompt_per_second" if kind == "pp" else "predicted_per_second"]
         pipe.send((rate, cpu / wall / threads, resident() - before))
-    os._exit(0)  # the native threads have nothing to save
+    os._exit(0)  # llama.cpp's threads have nothing to save
 
 
 class Worker:
@@ -152,16 +157,14 @@ class Worker:
     def __init__(self, side: Side, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        work = work_ours if side.runtime == "ours" else work_peer
         self.process = context.Process(target=work, args=(theirs, side, threads))
         self.process.start()
         theirs.close()
-        info = self.pipe.recv()
-        self.result = Result(side.name, threads, info["load"], info["bytes"], info["isa"])
+        self.result = Result(side.name, threads, **self.pipe.recv())
 
     def measure(self, test: tuple[str, int], tokens: list[int], *, keep: bool) -> None:
         """Run a test and record it unless it is the first."""
-        self.pipe.send((test, tokens))
+        self.pipe.send((*test, tokens))
         rate, busy, rss = self.pipe.recv()
         if keep:
             name = f"{test[0]}{test[1]}"
@@ -177,9 +180,8 @@ class Worker:
 def speed(sides: list[Side], threads: int, rounds: int, minutes: float) -> tuple[list[Result], float]:
     """All rows in turn; also the memory bandwidth of these threads, bytes/s."""
     end = time.monotonic() + 60 * minutes
-    workers = [Worker(side, threads) for side in sides]
+    workers, bandwidths = [Worker(side, threads) for side in sides], []
     rng = np.random.default_rng(0)
-    bandwidths = []
     try:
         for turn in range(-1, rounds):  # the first is not counted
             if turn > 0 and time.monotonic() > end:
@@ -189,9 +191,7 @@ def speed(sides: list[Side], threads: int, rounds: int, minutes: float) -> tuple
                 tokens = rng.integers(256, 49152, test[1] if test[0] == "pp" else 1).tolist()
                 for worker in workers:
                     worker.measure(test, tokens, keep=turn >= 0)
-            print(
-                f"{threads} threads: round {turn + 1} of {rounds}, load {os.getloadavg()[0]:.1f}", flush=True
-            )
+            print(f"threads {threads}, round {turn + 1}, load {os.getloadavg()[0]:.1f}", flush=True)
     finally:
         for worker in workers:
             worker.close()
@@ -199,7 +199,7 @@ def speed(sides: list[Side], threads: int, rounds: int, minutes: float) -> tuple
 
 
 def quality(sides: list[Side], f32: Path, text: Path, cache: Path) -> dict[str, list[float]]:
-    """KL(float32 || row) over 128 positions, nats: mean and standard error. Slow for llama.cpp: cached."""
+    """KL(float32 || row) of decode steps, nats: mean and standard error. Slow for llama.cpp: cached."""
     done: dict[str, list[float]] = json.loads(cache.read_text()) if cache.exists() else {}
     tokenizer = load_tokenizer(open_gguf(sides[0].path))  # ours carry it
     tokens = tokenizer.encode(text.read_text()[:8000], add_special=False)[:POSITIONS]
@@ -207,9 +207,10 @@ def quality(sides: list[Side], f32: Path, text: Path, cache: Path) -> dict[str, 
     for side in sides:
         if side.name in done:
             continue
-        if side.runtime == "ours":
+        if side.mode:
             _native.set_isa(side.isa)
-            logits = Engine(side.path, mode=side.mode, context=POSITIONS).logits(tokens)
+            session = Engine(side.path, mode=side.mode, context=POSITIONS).session()
+            logits = np.stack([session.next_logits([token]) for token in tokens])
         else:
             with LlamaCpp(side.path, threads=2, ctx=POSITIONS) as server:
                 logits = server.logprobs(tokens)
@@ -262,9 +263,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Speed of the native runtime next to llama.cpp.")
     parser.add_argument("--f32", type=Path, required=True, help="the unquantised model, stock GGUF")
     parser.add_argument("--ours", nargs="+", required=True, metavar="NAME=FILE", help="irq GGUFs of it")
     parser.add_argument("--text", type=Path, required=True)
@@ -277,17 +276,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/runtime-speed.md"))
     args = parser.parse_args()
 
-    sides = []
-    best = _native.isa()
-    for (name, path), isa, mode in product(
-        (item.split("=", 1) for item in args.ours), dict.fromkeys((best, "avx2")), ("fast", "exact")
-    ):
-        if isa == best or mode == "fast":
-            sides.append(Side(f"{name} {mode}, {isa}", Path(path), "ours", mode, isa))
+    sides, best = [], _native.isa()
+    variants = ((best, "fast"), (best, "exact"), ("avx2", "fast"))
+    for item, (isa, mode) in product(args.ours, dict.fromkeys(variants)):
+        name, path = item.split("=", 1)
+        sides.append(Side(f"{name} {mode}, {isa}", Path(path), mode, isa))
     for kind in args.peers:
         path = args.work / f"peer-{kind}.gguf"
         make_peer(args.f32, path, kind)
-        sides.append(Side(f"llama.cpp {kind}", path, "llama.cpp"))
+        sides.append(Side(f"llama.cpp {kind}", path))
 
     start = os.getloadavg()[0]
     report: dict[str, Any] = {
