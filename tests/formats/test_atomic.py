@@ -304,7 +304,8 @@ class TestDir:
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
 import numpy as np
 from irq_formats.gguf import STR, GgmlType, TensorSource, write_gguf
 def load():
