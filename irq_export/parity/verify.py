@@ -68,7 +68,7 @@ def verify(
         greedy: Tokens to generate; 0 skips the level.
         adapter_scale: Scale given to the runtimes' adapter. Anything but 1 must fail: a test of the test.
         threads: Threads of llama.cpp and of the native engine.
-        progress: Called with (done, total, what) before every step.
+        progress: Called after every check with (done, total, its name); the total is an estimate.
 
     Returns:
         The report; ``report.passed`` is the verdict.
