@@ -1,114 +1,23 @@
 """Torch modules whose weight is a block-quantised matrix (spec/irq-blocks.md).
 
 The parts are buffers under the names of the checkpoint, in the dtypes of the checkpoint; the weight is
-decoded whenever it is needed, with the arithmetic of :mod:`irq_formats.blocks`, bit for bit: one
-rounding per operation, float32, then one cast to the dtype of the activations. Moving a module between
-devices moves its parts; casting a module (``.double()``, ``.to(torch.bfloat16)``) leaves them alone.
+decoded whenever it is needed (:mod:`irq_export.block_linear`), bit for bit as :mod:`irq_formats.blocks`
+does. Moving a module between devices moves its parts; casting a module (``.double()``,
+``.to(torch.bfloat16)``) leaves them alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from irq_export.block_linear import Parts, block_linear, decode, decode_blocks, effective_scale, effective_tau
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
-from irq_formats.codebooks import CODEBOOKS
-from irq_formats.double_quant import GROUP_SIZE, dynamic_map
-from irq_formats.packing import block_bytes
 
-__all__ = [
-    "BlockModule",
-    "IrqEmbedding",
-    "IrqLinear",
-    "IrqTiedHead",
-    "decode_weight",
-    "dq8_values",
-    "unpack_codes",
-]
-
-
-@cache
-def _levels(codebook: str, device: torch.device) -> Tensor:
-    """Levels of a codebook, float32 ``(2**bits,)``; for int8 in the order of the unsigned byte."""
-    levels = CODEBOOKS[codebook].levels
-    return torch.tensor(np.roll(levels, 128) if codebook == "int8" else levels, device=device)
-
-
-@cache
-def _dynamic_map(device: torch.device) -> Tensor:
-    return torch.tensor(dynamic_map(), device=device)
-
-
-def _take(table: Tensor, index: Tensor) -> Tensor:
-    return torch.index_select(table, 0, index.reshape(-1).int()).view(index.shape)
-
-
-def unpack_codes(packed: Tensor, spec: BlockSpec) -> Tensor:
-    """Unpack codes.
-
-    Args:
-        packed: uint8 ``(rows, in * bits / 8)``.
-        spec: Codebook and block size.
-
-    Returns:
-        uint8 ``(blocks, block_size)``, blocks in row order.
-    """
-    size = spec.block_size
-    blocks = packed.reshape(-1, block_bytes(spec.bits, size))
-    if spec.bits == 8:
-        return blocks
-    if spec.bits != 3:
-        return _unpack_planes(blocks, spec.bits)
-    low, high = blocks[:, : size // 4], blocks[:, size // 4 :]
-    bit = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    high_bits = ((high.unsqueeze(-1) >> bit) & 1).flatten(1)  # (blocks, block_size)
-    return _unpack_planes(low, 2) | high_bits << 2
-
-
-def _unpack_planes(packed: Tensor, bits: int) -> Tensor:
-    mask = 2**bits - 1
-    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=1)
-
-
-def dq8_values(index: Tensor, absmax: Tensor, mean: Tensor | float = 0.0) -> Tensor:
-    """Expand double-quantised block values, as :func:`irq_formats.double_quant.decode_dq8` does.
-
-    Args:
-        index: uint8, any shape, read in C order.
-        absmax: float32 ``(ceil(index.numel() / 256),)``.
-        mean: float32 ``(1,)``, or zero.
-
-    Returns:
-        float32, shape of ``index``.
-    """
-    group = absmax.repeat_interleave(GROUP_SIZE)[: index.numel()].view(index.shape)
-    return _take(_dynamic_map(index.device), index) * group + mean
-
-
-def decode_weight(codes: Tensor, scale: Tensor, tau: Tensor | None, spec: BlockSpec) -> Tensor:
-    """Return ``fl32(fl32(scale * levels[code]) + tau)``.
-
-    Args:
-        codes: Packed, uint8 ``(rows, in * bits / 8)``.
-        scale: Effective scales, float32 ``(rows, nb)``.
-        tau: Effective offsets, float32 ``(rows, nb)``, or None for zero.
-        spec: Codebook and block size.
-
-    Returns:
-        float32 ``(rows, in)``.
-    """
-    weight = _take(_levels(spec.codebook, codes.device), unpack_codes(codes, spec))
-    weight *= scale.reshape(-1, 1)
-    if tau is not None:  # a second operation, never addcmul: the product is rounded first
-        weight += tau.reshape(-1, 1)
-    elif spec.codebook != "int8":
-        weight += 0.0  # as the specification: turns -0 into 0
-    return weight.view(scale.shape[0], -1)
+__all__ = ["BlockModule", "IrqEmbedding", "IrqLinear", "IrqTiedHead"]
 
 
 class BlockModule(nn.Module):
@@ -139,27 +48,15 @@ class BlockModule(nn.Module):
         parts = {name: self.get_buffer(name).cpu().numpy().copy() for name in self.part_names}
         return BlockTensor(self.spec, self.shape, parts)
 
-    def effective_scale(self) -> Tensor:
-        """Effective scales, float32 ``(out, nb)``."""
-        stored = self.get_buffer("scale")
-        if self.spec.scale != "dq8":
-            return stored.float()
-        values = dq8_values(stored, self.get_buffer("scale_absmax"), self.get_buffer("scale_offset"))
-        return values.half().float() if self.spec.scale_rounding == "fp16" else values
-
-    def effective_tau(self) -> Tensor | None:
-        """Effective offsets, float32 ``(out, nb)``, or None where the spec has none."""
-        if self.spec.tau == "none":
-            return None
-        stored = self.get_buffer("tau")
-        return dq8_values(stored, self.get_buffer("tau_absmax")) if self.spec.tau == "dq8" else stored.float()
+    def parts(self) -> Parts:
+        """The buffers, as the functions of :mod:`irq_export.block_linear` take them."""
+        stored = (self._buffers.get(name) for name in Parts._fields[:6])
+        return Parts(*stored, self.spec.codebook, self.spec.block_size, self.spec.scale_rounding)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def dequantize(self) -> Tensor:
-        """Decode the matrix, float32 ``(out, in)``, bit-equal to ``BlockTensor.dequantize``."""
-        return decode_weight(
-            self.get_buffer("codes"), self.effective_scale(), self.effective_tau(), self.spec
-        )
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Decode the matrix ``(out, in)``: float32 is bit-equal to ``BlockTensor.dequantize``."""
+        return decode(self.parts(), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockModule:
         """Move the parts, never cast them: ``fn`` is shown plain bytes, which a cast leaves alone."""
@@ -206,8 +103,8 @@ class IrqLinear(BlockModule):
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., in)`` to ``(..., out)`` in the dtype of ``x``."""
-        return F.linear(x, self.dequantize().to(x.dtype), self.bias)
+        """Map ``(..., in)`` to ``(..., out)`` in the dtype of ``x``, or of autocast."""
+        return block_linear(x, self.parts(), self.bias)
 
 
 class IrqEmbedding(BlockModule):
@@ -232,12 +129,14 @@ class IrqEmbedding(BlockModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Look up integer ids of any shape ``(...)``: ``(..., embedding_dim)``."""
         rows = ids.reshape(-1)
-        tau = self.effective_tau()
-        weight = decode_weight(
-            self.get_buffer("codes")[rows],
-            self.effective_scale()[rows],
+        parts = self.parts()
+        tau = effective_tau(parts)
+        weight = decode_blocks(
+            parts.codes[rows],
+            effective_scale(parts)[rows],
             None if tau is None else tau[rows],
-            self.spec,
+            parts.codebook,
+            parts.block_size,
         )
         return weight.view(*ids.shape, self.embedding_dim).to(self.get_buffer("compute").dtype)
 
@@ -257,4 +156,4 @@ class IrqTiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map hidden states ``(..., embedding_dim)`` to logits ``(..., num_embeddings)``."""
-        return F.linear(x, self._embedding[0].dequantize().to(x.dtype))
+        return block_linear(x, self._embedding[0].parts())

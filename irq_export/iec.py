@@ -1,25 +1,38 @@
 """IEC-LoRA as torch modules: train it, attach a stored adapter, take one out again.
 
-The forward is that of :mod:`irq_formats.adapter` (U2 after U1, equation 16 interleaved) without building
-the elastic matrices: group means through a reshape, their repetition through broadcasting. Dropout acts
-on the input of A only; the elastic connection sees the undropped features, as in the released code.
+The forward is that of :mod:`irq_formats.adapter` (U2 after U1, equation 16 interleaved). With the betas fixed
+the elastic connections are linear, so every forward pass adds them to A and B and then computes an ordinary
+LoRA product: the work that depends on the number of tokens is that of plain LoRA, and the gradients of the
+betas are those of the unfolded form. Dropout acts on the input of A only; the elastic connection sees the
+undropped features, as in the released code: with dropout the first connection is computed beside A.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from math import gcd, sqrt
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from irq_export.block_linear import block_linear, compute_dtype
+from irq_export.block_modules import IrqLinear
 from irq_formats.adapter import Adapter, LoraLayer, random_layer
 from irq_formats.errors import UsageError, WrongBase
 
-__all__ = ["IecLinear", "add_elastic", "attach", "detach", "extract", "random_adapter"]
+__all__ = [
+    "IecLinear",
+    "add_elastic",
+    "attach",
+    "detach",
+    "elastic_weight",
+    "extract",
+    "iec_linear",
+    "random_adapter",
+]
 
 
 def add_elastic(y: Tensor, x: Tensor, beta: Tensor) -> Tensor:
@@ -37,6 +50,95 @@ def add_elastic(y: Tensor, x: Tensor, beta: Tensor) -> Tensor:
     groups = gcd(x.shape[-1], y.shape[-1])
     means = x.reshape(*x.shape[:-1], groups, -1).mean(-1, keepdim=True)  # (..., g, 1)
     return (y.reshape(*y.shape[:-1], groups, -1) + beta * means).reshape(y.shape)
+
+
+class _ElasticWeight(torch.autograd.Function):
+    """See :func:`elastic_weight`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, beta: Tensor) -> Tensor:  # type: ignore[override]
+        total = weight.clone(memory_format=torch.contiguous_format)
+        _elastic_entries(total).add_(beta * _elastic_value(weight))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return grad, _elastic_entries(grad).sum().view(1) * _elastic_value(grad)
+
+
+def _elastic_entries(weight: Tensor) -> Tensor:
+    """A view of the entries (m/g, n/g, g) of a weight (m, n) that the elastic matrix is not zero at."""
+    rows, columns = weight.shape
+    groups = gcd(rows, columns)
+    return weight.reshape(groups, rows // groups, groups, columns // groups).diagonal(dim1=0, dim2=2)
+
+
+def _elastic_value(weight: Tensor) -> float:
+    """What the elastic matrix of the shape of a weight (m, n) holds there: one over the n/g of a mean."""
+    rows, columns = weight.shape
+    return gcd(rows, columns) / columns
+
+
+def elastic_weight(weight: Tensor, beta: Tensor) -> Tensor:
+    """Return the weight with which a plain product is ``add_elastic(F.linear(x, weight), x, beta)``.
+
+    Args:
+        weight: (m, n).
+        beta: (1,).
+
+    Returns:
+        (m, n): ``weight + beta * E``, where E (equation 16) maps x to the repeated means of its groups.
+        Differentiable in both; costs O(m n), whatever the number of tokens.
+    """
+    return _ElasticWeight.apply(weight, beta)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def iec_linear(
+    base: nn.Module,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout: nn.Module | None = None,
+) -> Tensor:
+    """Return ``base(x) + scaling * U2(U1(x))``.
+
+    The branch runs in autocast's dtype, else in that of ``lora_a``. Where that is also the dtype of ``x``
+    and the base is an :class:`IrqLinear`, base and branch are one operation that adds into one result.
+
+    Args:
+        base: The frozen layer.
+        x: (..., in).
+        lora_a: A, (r, in).
+        lora_b: B, (out, r).
+        beta1: Weight of the elastic connection around A, (1,).
+        beta2: The same around B.
+        scaling: Multiplier of the branch.
+        dropout: Applied to the input of A.
+
+    Returns:
+        (..., out) in the dtype of ``base(x)``.
+    """
+    dtype = compute_dtype(x, lora_a.dtype)
+    b = scaling * elastic_weight(lora_b, beta2)
+    if _drops(dropout):
+        wide = x.to(lora_a.dtype)
+        hidden = add_elastic(F.linear(cast("nn.Module", dropout)(wide), lora_a), wide, beta1)
+        y: Tensor = base(x)
+        return y + F.linear(hidden, b.to(hidden.dtype)).to(y.dtype)
+    a = elastic_weight(lora_a, beta1)
+    if isinstance(base, IrqLinear) and compute_dtype(x) == dtype:
+        return block_linear(x, base.parts(), base.bias, a, b)
+    y = base(x)
+    return y + F.linear(F.linear(x.to(lora_a.dtype), a), b).to(y.dtype)
+
+
+def _drops(dropout: nn.Module | None) -> bool:
+    """Whether a dropout layer changes its input now."""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 class IecLinear(nn.Module):
@@ -87,14 +189,16 @@ class IecLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        y: Tensor = self.base(x)
-        return y + (self.scaling * self.branch(x)).to(y.dtype)
-
-    def branch(self, x: Tensor) -> Tensor:
-        """Return U2(U1(x)), unscaled, (..., out), in the dtype of the branch."""
-        x = x.to(self.lora_a.dtype)
-        hidden = add_elastic(F.linear(self.dropout(x), self.lora_a), x, self.beta1)  # (..., r)
-        return add_elastic(F.linear(hidden, self.lora_b), hidden, self.beta2)
+        return iec_linear(
+            self.base,
+            x,
+            self.lora_a,
+            self.lora_b,
+            self.beta1,
+            self.beta2,
+            scaling=self.scaling,
+            dropout=self.dropout,
+        )
 
     @torch.no_grad()
     def load_layer(self, layer: LoraLayer) -> None:

@@ -11,7 +11,7 @@ from tiny_models import tiny_model, tiny_tokens
 from tolerance import FOLD_FLOAT64, FOLD_PEFT_LOGITS
 from torch import nn
 
-from irq_export.iec import IecLinear, add_elastic, attach, detach, extract, random_adapter
+from irq_export.iec import IecLinear, add_elastic, attach, detach, elastic_weight, extract, random_adapter
 from irq_formats.adapter import Adapter, LoraLayer, branch, delta_weight, elastic, fold, random_layer
 from irq_formats.errors import UsageError, WrongBase
 
@@ -41,6 +41,19 @@ def test_elastic_equals_numpy(n: int, m: int):
     y = torch.randn(2, 3, m, dtype=torch.float64)
     got = add_elastic(y, x, torch.tensor([0.7], dtype=torch.float64))
     np.testing.assert_allclose(got, y.numpy() + 0.7 * elastic(x.numpy(), m), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 64), (64, 8), (12, 128), (6, 20), (5, 7), (6, 6)])
+def test_elastic_weight_is_the_elastic_connection(rows: int, columns: int):
+    weight = torch.randn(rows, columns, dtype=torch.float64)
+    x = torch.randn(2, 3, columns, dtype=torch.float64)
+    beta = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    got = nn.functional.linear(x, elastic_weight(weight, beta))
+    want = add_elastic(nn.functional.linear(x, weight), x, beta)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
+    transposed = weight.T.contiguous().T  # other strides, same values
+    assert torch.equal(elastic_weight(transposed, beta), elastic_weight(weight, beta))
+    assert torch.autograd.gradcheck(elastic_weight, (weight.requires_grad_(), beta))
 
 
 @pytest.mark.parametrize(("n_out", "n_in", "rank"), SHAPES)
@@ -99,9 +112,9 @@ def test_dropout_spares_the_elastic_connection():
     module.train()
     without_a = replace(module.to_layer(), lora_a=np.zeros((4, 16), np.float32))
     want = branch(without_a, x.numpy())
-    np.testing.assert_allclose(module.branch(x).detach(), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose((module(x) - module.base(x)).detach(), want, rtol=1e-5, atol=1e-6)
     module.eval()
-    assert not np.allclose(module.branch(x).detach(), want, atol=1e-3)
+    assert not np.allclose((module(x) - module.base(x)).detach(), want, atol=1e-3)
 
 
 def test_half_precision_base_keeps_a_float32_branch():

@@ -1,0 +1,251 @@
+"""Decoding of block-quantised matrices in torch, and the linear product that keeps no decoded weight.
+
+The arithmetic is that of :mod:`irq_formats.blocks`, bit for bit: float32, one rounding per operation, then
+one cast to the dtype of the activations. :func:`block_linear` saves the stored parts for its backward pass
+and decodes them a second time there: what a layer keeps between the passes is its input and nothing of the
+size of the weight. On CUDA one Triton kernel decodes (:mod:`irq_export.kernels`), elsewhere torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from irq_formats.codebooks import CODEBOOKS
+from irq_formats.double_quant import GROUP_SIZE, dynamic_map
+from irq_formats.packing import block_bytes
+
+__all__ = [
+    "Parts",
+    "block_linear",
+    "compute_dtype",
+    "decode",
+    "decode_blocks",
+    "effective_scale",
+    "effective_tau",
+]
+
+
+class Parts(NamedTuple):
+    """The stored arrays of a matrix ``(out, in)`` and how to read them (``part_layout``).
+
+    Attributes:
+        codes: Packed codes, uint8 ``(out, in * bits / 8)``.
+        scale: ``(out, nb)``: uint8 indices (dq8), float16 or float32.
+        scale_absmax: float32 ``(ceil(out * nb / 256),)`` of a dq8 scale, else None.
+        scale_offset: float32 ``(1,)`` of a dq8 scale, else None.
+        tau: As scale, or None where the file has no offsets.
+        tau_absmax: As scale_absmax.
+        codebook: Name of the codebook.
+        block_size: Weights per block, 32 or 64.
+        scale_rounding: ``fp16`` or ``none``; counts for a dq8 scale.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    scale_absmax: Tensor | None
+    scale_offset: Tensor | None
+    tau: Tensor | None
+    tau_absmax: Tensor | None
+    codebook: str
+    block_size: int
+    scale_rounding: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of the matrix."""
+        return self.scale.shape[0], self.scale.shape[1] * self.block_size
+
+
+@cache
+def _levels(codebook: str, device: torch.device) -> Tensor:
+    """Levels of a codebook, float32 ``(2**bits,)``; for int8 in the order of the unsigned byte."""
+    levels = CODEBOOKS[codebook].levels
+    return torch.tensor(np.roll(levels, 128) if codebook == "int8" else levels, device=device)
+
+
+@cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    return torch.tensor(dynamic_map(), device=device)
+
+
+def _take(table: Tensor, index: Tensor) -> Tensor:
+    return torch.index_select(table, 0, index.reshape(-1).int()).view(index.shape)
+
+
+def _unpack_planes(packed: Tensor, bits: int) -> Tensor:
+    mask = 2**bits - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=1)
+
+
+def _unpack(packed: Tensor, bits: int, block_size: int) -> Tensor:
+    """Codes uint8 ``(blocks, block_size)`` in row order, of bytes ``(rows, in * bits / 8)``."""
+    blocks = packed.reshape(-1, block_bytes(bits, block_size))
+    if bits == 8:
+        return blocks
+    if bits != 3:
+        return _unpack_planes(blocks, bits)
+    low, high = blocks[:, : block_size // 4], blocks[:, block_size // 4 :]
+    bit = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    high_bits = ((high.unsqueeze(-1) >> bit) & 1).flatten(1)  # (blocks, block_size)
+    return _unpack_planes(low, 2) | high_bits << 2
+
+
+def _expand_dq8(index: Tensor, absmax: Tensor, mean: Tensor | float = 0.0) -> Tensor:
+    """Double-quantised values, float32 of the shape of ``index``, as :func:`decode_dq8` expands them."""
+    group = absmax.repeat_interleave(GROUP_SIZE)[: index.numel()].view(index.shape)
+    return _take(_dynamic_map(index.device), index) * group + mean
+
+
+def effective_scale(parts: Parts) -> Tensor:
+    """Effective scales, float32 ``(out, nb)``: exactly what decoding multiplies with."""
+    if parts.scale_absmax is None or parts.scale_offset is None:
+        return parts.scale.float()
+    values = _expand_dq8(parts.scale, parts.scale_absmax, parts.scale_offset)
+    return values.half().float() if parts.scale_rounding == "fp16" else values
+
+
+def effective_tau(parts: Parts) -> Tensor | None:
+    """Effective offsets, float32 ``(out, nb)``, or None where there are none."""
+    if parts.tau is None:
+        return None
+    return parts.tau.float() if parts.tau_absmax is None else _expand_dq8(parts.tau, parts.tau_absmax)
+
+
+def decode_blocks(codes: Tensor, scale: Tensor, tau: Tensor | None, codebook: str, block_size: int) -> Tensor:
+    """Return ``fl32(fl32(scale * levels[code]) + tau)``.
+
+    Args:
+        codes: Packed, uint8 ``(rows, in * bits / 8)``.
+        scale: Effective scales, float32 ``(rows, nb)``.
+        tau: Effective offsets, float32 ``(rows, nb)``, or None for zero.
+        codebook: Name of the codebook.
+        block_size: Weights per block.
+
+    Returns:
+        float32 ``(rows, in)``.
+    """
+    weight = _take(_levels(codebook, codes.device), _unpack(codes, CODEBOOKS[codebook].bits, block_size))
+    weight *= scale.reshape(-1, 1)
+    if tau is not None:  # a second operation, never addcmul: the product is rounded first
+        weight += tau.reshape(-1, 1)
+    elif codebook != "int8":
+        weight += 0.0  # as the specification: turns -0 into 0
+    return weight.view(scale.shape[0], -1)
+
+
+def _decode(parts: Parts, dtype: torch.dtype) -> Tensor:
+    scale, tau = effective_scale(parts), effective_tau(parts)
+    return decode_blocks(parts.codes, scale, tau, parts.codebook, parts.block_size).to(dtype)
+
+
+@torch.library.custom_op(
+    "irq::decode",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scale, Tensor? scale_absmax, Tensor? scale_offset, Tensor? tau, "
+    "Tensor? tau_absmax, str codebook, int block_size, str scale_rounding, ScalarType dtype, Tensor? after) "
+    "-> Tensor",
+)
+def _decode_op(*args: Any) -> Tensor:
+    """:func:`decode` as one operator for the compiler.
+
+    ``after`` is not read. The backward pass names its gradient there, so that no compiler finds the two
+    decodings of a layer equal and keeps the first one's result for the second.
+    """
+    *parts, dtype, _ = args
+    return _decode(Parts(*parts), dtype)
+
+
+@_decode_op.register_fake
+def _(*args: Any) -> Tensor:
+    *fields, dtype, _ = args
+    parts = Parts(*fields)
+    return parts.codes.new_empty(parts.shape, dtype=dtype)
+
+
+def decode(parts: Parts, dtype: torch.dtype, after: Tensor | None = None) -> Tensor:
+    """Decode a matrix.
+
+    Args:
+        parts: What is stored.
+        dtype: Of the result; the arithmetic is float32.
+        after: A tensor that the decoding must wait for in a compiled graph (see :func:`block_linear`).
+
+    Returns:
+        ``(out, in)``.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.irq.decode(*parts, dtype, after)  # type: ignore[no-any-return]
+    return _decode(parts, dtype)
+
+
+class _BlockLinear(torch.autograd.Function):
+    """``x W^T + bias + (x a^T) b^T``; see :func:`block_linear`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, *fields: Any
+    ) -> Tensor:
+        y = F.linear(x, decode(Parts(*fields), x.dtype), bias)
+        hidden = None
+        if a is not None and b is not None:
+            hidden = x.reshape(-1, x.shape[-1]) @ a.T  # (tokens, r)
+            y.view(-1, y.shape[-1]).addmm_(hidden, b.T)
+        # the input is needed for the gradient of a alone: without a branch nothing of its size is kept
+        ctx.save_for_backward(None if a is None else x, hidden, a, b, *fields[:6])
+        ctx.formats = fields[6:]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, hidden, a, b, *stored = ctx.saved_tensors
+        wants_x, wants_bias, wants_a, wants_b = ctx.needs_input_grad[:4]
+        rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+        grad_x = grad_bias = grad_a = grad_b = grad_hidden = None
+        if a is not None and (wants_x or wants_a):
+            grad_hidden = rows @ b  # (tokens, r)
+        if wants_x:
+            grad_x = rows @ decode(Parts(*stored, *ctx.formats), grad.dtype, after=grad)
+            if grad_hidden is not None:
+                grad_x = grad_x.addmm_(grad_hidden, a)
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
+        if wants_bias:
+            grad_bias = rows.sum(0)
+        if wants_a and grad_hidden is not None:
+            grad_a = grad_hidden.T @ x.reshape(-1, x.shape[-1])
+        if wants_b:
+            grad_b = rows.T @ hidden
+        return grad_x, grad_bias, grad_a, grad_b, *[None] * len(Parts._fields)
+
+
+def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of a matrix product with ``x`` (cast to ``dtype``): that of autocast, or its own."""
+    kind, dtype = x.device.type, dtype or x.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
+def block_linear(
+    x: Tensor, parts: Parts, bias: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None
+) -> Tensor:
+    """Return ``x W^T + bias + (x a^T) b^T``, differentiable in all but the parts.
+
+    Args:
+        x: (..., in); under autocast it is cast to autocast's dtype first, as F.linear does.
+        parts: The stored matrix W (out, in).
+        bias: (out,), or None.
+        a: Of a low-rank branch, (r, in), or None.
+        b: Likewise, (out, r), with every scaling in it.
+
+    Returns:
+        (..., out) in the dtype of the product.
+    """
+    dtype = compute_dtype(x)
+    bias, a, b = (None if t is None else t.to(dtype) for t in (bias, a, b))
+    return _BlockLinear.apply(x.to(dtype), bias, a, b, *parts)  # type: ignore[no-untyped-call, no-any-return]
