@@ -1,0 +1,231 @@
+#include "matmul_blocks.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "halves.h"
+
+namespace irq::onnx {
+namespace {
+
+constexpr std::size_t tokens_per_task = 8;
+constexpr std::size_t products_per_task = std::size_t{1} << 18;  // multiplications: some microseconds
+constexpr std::size_t flipped_bytes = std::size_t{1} << 16;      // INT8 codes that a task flips at a time
+
+[[noreturn]] void refuse(irq_codebook codebook, const std::string &what) {
+    std::string kind = irq_codebook_name[codebook];
+    for (char &c : kind) c = static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
+    throw Refusal(ORT_INVALID_ARGUMENT, "irq::MatMulBlocks" + kind + ": " + what);
+}
+
+// Attribute `name` as a size.
+std::size_t size_attribute(const Ort &ort, const OrtKernelInfo *info, irq_codebook codebook, const char *name) {
+    const std::int64_t value = ort.attribute_int(info, name);
+    if (value < 1 || value > std::numeric_limits<std::int32_t>::max()) {
+        refuse(codebook, std::string(name) + " must be between 1 and 2147483647, got " + std::to_string(value));
+    }
+    return static_cast<std::size_t>(value);
+}
+
+Shape shape_of(std::initializer_list<std::size_t> sizes) { return Shape(sizes.begin(), sizes.end()); }
+
+Shape codes_shape(const Matrix &w) {
+    const std::size_t bytes = w.row_bytes(), nb = w.blocks_per_row();
+    if (w.codebook == IRQ_NF4) return shape_of({w.rows, bytes});
+    return shape_of({w.rows, nb, bytes / nb});
+}
+
+// Element of the kernels' block j is element order(j) of the ONNX block. Both put two elements into a byte;
+// the kernels those that are half a block apart, ONNX neighbours.
+//   INT4: low nibble e[2j], high e[2j+1];  NF4: high nibble e[2j], low e[2j+1]
+void permute(const Matrix &w, const float *x, float *permuted) {
+    const std::size_t half = w.block_size / 2, first = w.codebook == IRQ_NF4 ? 1 : 0;
+    for (std::size_t i = 0; i < w.columns; i += w.block_size) {
+        for (std::size_t j = 0; j < half; ++j) {
+            permuted[i + j] = x[i + 2 * j + first];
+            permuted[i + half + j] = x[i + 2 * j + 1 - first];
+        }
+    }
+}
+
+bool is_permuted(const Matrix &w) { return w.codebook == IRQ_NF4 || w.codebook == IRQ_INT4; }
+
+// Rows [r0, r1) of w as a matrix of their own.
+Matrix rows_of(const Matrix &w, std::size_t r0, std::size_t r1) {
+    Matrix part = w;
+    const std::size_t first_block = r0 * w.blocks_per_row();
+    part.rows = r1 - r0;
+    part.data = static_cast<const std::uint8_t *>(w.data) + r0 * w.row_bytes();
+    for (BlockValues *v : {&part.scale, &part.tau}) {
+        if (v->storage == Storage::none) continue;
+        const std::size_t size = v->storage == Storage::f16 ? 2 : 4;
+        v->values = static_cast<const std::uint8_t *>(v->values) + size * first_block;
+    }
+    return part;
+}
+
+std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+template <class T>
+std::unique_ptr<T[]> try_allocate(std::size_t count) {
+    return std::unique_ptr<T[]>(new (std::nothrow) T[count]);
+}
+
+}  // namespace
+
+MatMulBlocks::MatMulBlocks(const Ort &ort, const OrtKernelInfo *info, irq_codebook codebook,
+                           ONNXTensorElementDataType type)
+    : ort_(ort), type_(type) {
+    const std::string name = ort.attribute_string(info, "codebook");
+    if (name != irq_codebook_name[codebook]) {
+        refuse(codebook, "attribute codebook must be \"" + std::string(irq_codebook_name[codebook]) + "\", got \"" +
+                             name.substr(0, 32) + "\"");
+    }
+    shape_.format = Format::blocks;
+    shape_.codebook = codebook;
+    shape_.rows = size_attribute(ort, info, codebook, "N");
+    shape_.columns = size_attribute(ort, info, codebook, "K");
+    shape_.block_size = size_attribute(ort, info, codebook, "block_size");
+    const std::size_t b = shape_.block_size;
+    if (b != 32 && (b != 64 || codebook == IRQ_INT8)) {
+        refuse(codebook, std::string("block_size must be ") + (codebook == IRQ_INT8 ? "" : "64 or ") + "32, got " +
+                             std::to_string(b));
+    }
+    if (shape_.columns % b != 0) {
+        refuse(codebook, "K = " + std::to_string(shape_.columns) + " is not a multiple of block_size = " +
+                             std::to_string(b));
+    }
+    Tensor tensor{};
+    if (!ort.constant_input(info, input_codes, &tensor)) {
+        refuse(codebook, "input codes must be a constant of the model (an initialiser that is not a graph input)");
+    }
+    const Shape expected = codes_shape(shape_);
+    if (tensor.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 || tensor.shape != expected) {
+        refuse(codebook, "codes must be uint8 " + text_of(expected) + ", got " + text_of(tensor.shape));
+    }
+    is_checked_[input_codes] = true;
+    for (const Input input : {input_scale, input_tau}) {
+        if (!ort.constant_input(info, input, &tensor)) continue;
+        check_values(tensor, input == input_scale ? "scale" : "tau");
+        is_checked_[input] = true;
+    }
+}
+
+void MatMulBlocks::check_values(const Tensor &tensor, const char *name) const {
+    const Shape expected = shape_of({shape_.rows, shape_.blocks_per_row()});
+    if (tensor.type == type_ && tensor.shape == expected) return;
+    refuse(shape_.codebook, std::string(name) + " must be " + (is_half() ? "float16 " : "float ") +
+                                text_of(expected) + ", got " + text_of(tensor.shape));
+}
+
+// The weight where onnxruntime holds it now.
+Matrix MatMulBlocks::weight(const OrtKernelContext *context) const {
+    Matrix w = shape_;
+    w.data = ort_.input_data(context, input_codes);
+    for (const Input input : {input_scale, input_tau}) {
+        if (input == input_tau && !ort_.has_input(context, input)) continue;
+        BlockValues &values = input == input_scale ? w.scale : w.tau;
+        if (is_checked_[input]) {
+            values.values = ort_.input_data(context, input);
+        } else {
+            const Tensor tensor = ort_.input(context, input);
+            check_values(tensor, input == input_scale ? "scale" : "tau");
+            values.values = tensor.data;
+        }
+        values.storage = is_half() ? Storage::f16 : Storage::f32;
+    }
+    return w;
+}
+
+struct MatMulBlocks::Call {
+    Matrix weight;
+    const void *a;       // (tokens, K) of type_
+    void *y;             // (tokens, N) of type_
+    float *result;       // (tokens, N): y itself, or floats on their way there
+    Activations *inputs;
+    mutable std::atomic<bool> out_of_memory{false};
+};
+
+void MatMulBlocks::compute(OrtKernelContext *context) const {
+    const Tensor a = ort_.input(context, input_a);
+    if (a.shape.empty() || a.shape.back() != static_cast<std::int64_t>(shape_.columns)) {
+        refuse(shape_.codebook, "the last dimension of A must be K = " + std::to_string(shape_.columns) + ", got " +
+                                    text_of(a.shape));
+    }
+    Shape y_shape = a.shape;
+    y_shape.back() = static_cast<std::int64_t>(shape_.rows);
+    std::size_t tokens = 1;
+    for (std::size_t i = 0; i + 1 < a.shape.size(); ++i) tokens *= static_cast<std::size_t>(a.shape[i]);
+    void *y = ort_.output(context, 0, y_shape);
+    if (tokens == 0) return;
+
+    Activations inputs(tokens, shape_.columns, Mode::exact);
+    if (!inputs.reshape(tokens, shape_.columns)) throw std::bad_alloc();
+    std::unique_ptr<float[]> floats(is_half() ? new float[tokens * shape_.rows] : nullptr);
+    Call call{weight(context), a.data, y, is_half() ? floats.get() : static_cast<float *>(y), &inputs};
+
+    const auto run = [&](std::size_t count, std::size_t per_task, auto &&range) {
+        const std::size_t tasks = (count + per_task - 1) / per_task;
+        const auto task = [&](std::size_t i) { range(i * per_task, std::min(count, (i + 1) * per_task)); };
+        if (tasks == 1) return task(0);
+        ort_.parallel_for(context, tasks, task);
+    };
+    const std::size_t rows_per_task = round_up(products_per_task / (shape_.columns * tokens) + 1, row_tile);
+    run(tokens, tokens_per_task, [&](std::size_t t0, std::size_t t1) { prepare(call, t0, t1); });
+    run(shape_.rows, rows_per_task, [&](std::size_t r0, std::size_t r1) { multiply(call, r0, r1); });
+    if (call.out_of_memory) throw std::bad_alloc();
+}
+
+// Inputs [t0, t1) to float, into the kernels' order, and summed by blocks.
+void MatMulBlocks::prepare(const Call &call, std::size_t t0, std::size_t t1) const {
+    const std::size_t k = shape_.columns;
+    const auto scratch = try_allocate<float>(2 * k);
+    if (scratch == nullptr) {
+        call.out_of_memory = true;
+        return;
+    }
+    for (std::size_t t = t0; t < t1; ++t) {
+        const float *x = static_cast<const float *>(call.a) + t * k;
+        if (is_half()) {
+            const Matrix halves = stock_matrix(Format::f16, t1, k, call.a);
+            dequantize_rows(halves, t, t + 1, scratch.get());
+            x = scratch.get();
+        }
+        if (is_permuted(shape_)) {
+            permute(shape_, x, scratch.get() + k);
+            x = scratch.get() + k;
+        }
+        call.inputs->prepare_token(t, x);
+    }
+}
+
+// Rows [r0, r1) of W with all tokens.
+void MatMulBlocks::multiply(const Call &call, std::size_t r0, std::size_t r1) const {
+    const std::size_t tokens = call.inputs->tokens(), n = shape_.rows;
+    if (shape_.codebook != IRQ_INT8) {
+        gemm(call.weight, *call.inputs, r0, r1, call.result, n);
+    } else {
+        const std::size_t step = std::max<std::size_t>(1, flipped_bytes / shape_.columns);
+        const auto flipped = try_allocate<std::uint8_t>(step * shape_.columns);
+        if (flipped == nullptr) {
+            call.out_of_memory = true;
+            return;
+        }
+        for (std::size_t r = r0; r < r1; r += step) {
+            Matrix part = rows_of(call.weight, r, std::min(r + step, r1));
+            const auto *codes = static_cast<const std::uint8_t *>(part.data);
+            for (std::size_t i = 0; i < part.rows * shape_.columns; ++i) flipped[i] = codes[i] ^ 0x80u;
+            part.data = flipped.get();
+            gemm(part, *call.inputs, 0, part.rows, call.result + r, n);
+        }
+    }
+    if (!is_half()) return;
+    for (std::size_t t = 0; t < tokens; ++t) {
+        to_halves(call.result + t * n + r0, r1 - r0, static_cast<std::uint16_t *>(call.y) + t * n + r0);
+    }
+}
+
+}  // namespace irq::onnx

@@ -1,0 +1,43 @@
+// irq::MatMulBlocks<KIND> (formats/spec/irq-onnx.md): Y = A W^T with W quantised in blocks.
+//
+// The kernels run on the bytes as onnxruntime mapped them: nothing is repacked, so loading costs no memory.
+// NF4 and INT4 order the elements inside a block otherwise than the kernels; a permutation of A, once a call,
+// makes up for it. INT8 has its sign bits flipped back a few rows at a time, in cache.
+#pragma once
+
+#include <atomic>
+
+#include "irq/kernels.h"
+#include "ort.h"
+
+namespace irq::onnx {
+
+enum Input : std::size_t { input_a, input_codes, input_scale, input_tau, input_count };
+
+class MatMulBlocks {
+  public:
+    // Checks attributes and constant inputs; throws Refusal. `type` is that of A, scale, tau and Y.
+    MatMulBlocks(const Ort &ort, const OrtKernelInfo *info, irq_codebook codebook, ONNXTensorElementDataType type);
+
+    // One call of the node. Safe on several threads at a time.
+    void compute(OrtKernelContext *context) const;
+
+    const Ort &ort() const { return ort_; }
+
+  private:
+    struct Call;  // what one call shares between its threads
+
+    Matrix weight(const OrtKernelContext *context) const;
+    void check_values(const Tensor &tensor, const char *name) const;
+    bool is_half() const { return type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16; }
+
+    void prepare(const Call &call, std::size_t t0, std::size_t t1) const;
+    void multiply(const Call &call, std::size_t r0, std::size_t r1) const;
+
+    Ort ort_;
+    ONNXTensorElementDataType type_;
+    Matrix shape_;                      // without pointers
+    bool is_checked_[input_count] = {};  // constant, and found good at creation
+};
+
+}  // namespace irq::onnx
