@@ -115,13 +115,14 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
 
 def test_compiled_graph_decodes_twice_and_keeps_no_weight() -> None:
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     graphs: list[torch.fx.GraphModule] = []
 
-    def record(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+    def record(graph: torch.fx.GraphModule, _: object) -> object:
         graphs.append(graph)
-        return graph
+        return make_boxed_func(graph.forward)
 
     backend = aot_autograd(
         fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition
