@@ -26,7 +26,12 @@ class BlockModule(nn.Module):
     Args:
         spec: How to read the parts.
         shape: ``(out, in)`` of the matrix.
+
+    Attributes:
+        base_hash: Of the checkpoint it belongs to, where known; adapters check it.
     """
+
+    base_hash: str | None = None
 
     def __init__(self, spec: BlockSpec, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -101,6 +106,11 @@ class IrqLinear(BlockModule):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False)
+
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the name by which PEFT finds the device of a quantised layer."""
+        return self.get_buffer("codes")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)`` in the dtype of ``x``, or of autocast."""
