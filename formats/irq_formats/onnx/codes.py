@@ -5,7 +5,7 @@ operator   shape              byte
 ========== ================== ===========================================================
 NF4        (N, K/2)           j of a row:   e[2j] << 4 | e[2j+1]      (MatMulBnb4)
 INT4       (N, nb, B/2)       j of a block: e[2j] | e[2j+1] << 4      (MatMulNBits, 4 bits)
-INT8       (N, K)             i of a row:   e[i] + 128                (zero point 128)
+INT8       (N, nb, 32)        i of a block: e[i] + 128                (zero point 128)
 NF3, INT3  (N, nb, 3B/8)      as in the checkpoint (spec/irq-blocks.md, section 3)
 NF2, INT2  (N, nb, B/4)       as in the checkpoint
 ========== ================== ===========================================================
@@ -43,8 +43,8 @@ def codes_shape(operator: str, shape: tuple[int, int], block_size: int) -> tuple
         block_size: Weights per block.
     """
     n, k = shape
-    if operator in ("nf4", "int8"):
-        return n, k * CODEBOOKS[operator].bits // 8
+    if operator == "nf4":
+        return n, k // 2
     return n, k // block_size, block_size * CODEBOOKS[operator].bits // 8
 
 

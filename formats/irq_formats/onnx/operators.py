@@ -134,9 +134,11 @@ def _stock_product(
 
 
 def _dequantize(operator: Operator, ops: Ops, codes: ir.Value, scale: ir.Value) -> ir.Value:
-    """Decode int8 codes ``(N, K)``: onnxruntime does not fold this node into a constant."""
-    zero = ops("Expand", ops.const(np.array(128, np.uint8)), ops("Shape", scale))
-    return ops("DequantizeLinear", codes, scale, zero, axis=1, block_size=operator.block_size)
+    """Decode int8 codes ``(N, nb, 32)`` to ``(N, K)``: onnxruntime does not fold this into a constant."""
+    column = ops("Unsqueeze", scale, ops.const([2]))
+    zero = ops("Expand", ops.const(np.array(128, np.uint8)), ops("Shape", column))
+    weight = ops("DequantizeLinear", codes, column, zero, axis=2, block_size=operator.block_size)
+    return ops("Reshape", weight, ops.const([0, -1]))
 
 
 def _look_up(
