@@ -25,9 +25,9 @@ def weights(seed: int) -> np.ndarray:
     return w
 
 
-def pair(w: np.ndarray, spec: BlockSpec) -> tuple[np.ndarray, np.ndarray]:
+def choose_pair(w: np.ndarray, spec: BlockSpec) -> tuple[np.ndarray, np.ndarray]:
     """A plain choice of scale and tau: lower median and absmax (no search), float32 (out, nb) each."""
-    blocks = w.reshape(ROWS, -1, spec.block_size)
+    blocks = w.reshape(w.shape[0], -1, spec.block_size)
     tau = np.sort(blocks, axis=2)[:, :, spec.block_size // 2 - 1]
     if spec.tau == "none":
         tau = np.zeros_like(tau)
@@ -50,7 +50,9 @@ def cases() -> list[tuple[str, np.ndarray, BlockTensor]]:
         for block_size in (64, 32):
             for scale, tau in (("dq8", "dq8"), ("f16", "f16"), ("dq8", "none"), ("f32", "f32")):
                 spec = BlockSpec(name, block_size, scale, tau)
-                found.append((f"{name}-{block_size}-{scale}-{tau}", w, encode(w, *pair(w, spec), spec)))
+                found.append(
+                    (f"{name}-{block_size}-{scale}-{tau}", w, encode(w, *choose_pair(w, spec), spec))
+                )
     return found
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from scripts import malformed_gguf, malformed_model, malformed_safetensors
 from scripts.block_vectors import write_blocks
 from scripts.malformed import Case, write_family, write_index
+from scripts.model_vectors import write_models
 
 VECTORS = Path(__file__).resolve().parent.parent / "formats" / "vectors"
 
@@ -36,6 +37,7 @@ def write_malformed(directory: Path) -> int:
 
 def main() -> None:
     print(f"blocks: {write_blocks(VECTORS / 'blocks')}")
+    print(f"models: {write_models(VECTORS / 'models')}")
     print(f"malformed: {write_malformed(VECTORS / 'malformed')}")
 
 
