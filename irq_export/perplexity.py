@@ -20,6 +20,7 @@ from irq_formats.errors import MalformedFile, UsageError
 from irq_formats.gguf import open_gguf
 from irq_formats.gguf.irq_payload import ARCHITECTURE
 from irq_formats.gguf.model_keys import IRQ_PREFIX, read_model
+from irq_formats.gguf.pair import model_files
 from irq_formats.safetensors_io import SafeTensors, open_safetensors
 from irq_formats.safetensors_types import TensorSpec
 from irq_formats.safetensors_writer import SafeTensorsWriter
@@ -27,7 +28,7 @@ from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model
 from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Divergence", "PerplexityReport", "perplexity"]
+__all__ = ["Divergence", "PerplexityReport", "cut_windows", "perplexity"]
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -107,7 +108,7 @@ def perplexity(
     """Measure how well a model predicts a text.
 
     Args:
-        model: GGUF with a tokenizer.
+        model: GGUF with a tokenizer, or the directory of a stock pair.
         text: UTF-8 file.
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
@@ -128,12 +129,13 @@ def perplexity(
     """
     if context < 4 or (windows is not None and windows < 1):
         raise UsageError("out of range", expected="context >= 4, windows >= 1", got=(context, windows))
+    model, adapter = model_files(model, adapter)
     gguf = open_gguf(model)
     tokenizer = load_tokenizer(gguf)
     architecture = str(gguf.metadata["general.architecture"])
     prefix = IRQ_PREFIX if architecture == ARCHITECTURE else architecture
     vocab_size = read_model(gguf.metadata, prefix, gguf.tensors).vocab_size
-    tokens = _cut(tokenizer, Path(text).read_text(encoding="utf-8"), context)[:windows]
+    tokens = cut_windows(tokenizer, Path(text).read_text(encoding="utf-8"), context)[:windows]
     if not len(tokens):
         raise UsageError("the text is shorter than a window", where=text, expected=f"{context} tokens")
     saved = None if kl_against is None else _open_saved(Path(kl_against), tokens)
@@ -157,7 +159,7 @@ def perplexity(
     return scorer.report(len(tokens), context)
 
 
-def _cut(tokenizer: Tokenizer, text: str, context: int) -> Tokens:
+def cut_windows(tokenizer: Tokenizer, text: str, context: int) -> Tokens:
     """Return the windows of a text, (windows, context); a rest shorter than a window is dropped."""
     ids = np.array(tokenizer.encode(text), np.int64)
     cut = ids[: ids.size // context * context].reshape(-1, context)

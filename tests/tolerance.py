@@ -10,6 +10,8 @@ __all__ = [
     "KERNEL_EXACT_NMSE",
     "KERNEL_FAST_NMSE",
     "LLAMACPP_FORCED_LOGPROB",
+    "LOGLIKELIHOOD_FLOAT32",
+    "LOGLIKELIHOOD_FLOAT64",
     "MALFORMED_MEMORY_BYTES",
     "MALFORMED_SECONDS",
     "NF_IN_Q8_0_NMSE",
@@ -84,3 +86,10 @@ KERNEL_FAST_NMSE = 6e-5
 #: (2.1 sigma): (2.1 / 127)^2 / 12 = 2.3e-5 of their power; 8-bit tables of nf4: 1.1e-5 of the weights'.
 #: 3.4e-5 a product, ten products in a row, a factor 3 of amplification. Measured 4e-4.
 NMSE_FAST_TINY = 1e-3
+
+#: Log-likelihood of one token of a tiny model, batched or cached against alone. float64: transformers takes
+#: cos and sin in float32, whose last place (6e-8) depends on where a position falls in a vector register;
+#: logits of order 10 amplify it. Measured 1e-7. float32: all of it at 6e-8, and llama.cpp's softmax
+#: (LLAMACPP_FORCED_LOGPROB).
+LOGLIKELIHOOD_FLOAT64 = 2e-6
+LOGLIKELIHOOD_FLOAT32 = 5e-5

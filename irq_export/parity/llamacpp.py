@@ -154,9 +154,9 @@ class LlamaCpp:
         return rows
 
     def next_token_logprobs(
-        self, tokens: Sequence[int], *, progress: Callable[[int], None] | None = None
+        self, tokens: Sequence[int], *, first: int = 1, progress: Callable[[int], None] | None = None
     ) -> npt.NDArray[np.float64]:
-        """Natural log-probability of each token but the first, given those before it.
+        """Natural log-probability of each token from ``first`` on, given those before it.
 
         The negative mean is the log-perplexity. Costs little more than a decode step a position: the
         sampler is forced to the wanted token, whose probability under the raw logits the server
@@ -165,24 +165,27 @@ class LlamaCpp:
 
         Args:
             tokens: (n,) token ids.
+            first: Position of the first token that is scored, at least 1.
             progress: Called with the number of positions done.
 
         Returns:
-            (n - 1,) float64.
+            (n - first,) float64.
 
         Raises:
             UsageError, IrqError: As :meth:`logprobs`.
         """
         prompt = self._check(tokens)
-        requests = (_completion(prompt[:i], forced=prompt[i], n_probs=1) for i in range(1, len(prompt)))
-        values = np.empty(len(prompt) - 1, dtype=np.float64)
+        if first < 1:
+            raise UsageError("nothing precedes the first token", expected="first >= 1", got=first)
+        requests = (_completion(prompt[:i], forced=prompt[i], n_probs=1) for i in range(first, len(prompt)))
+        values = np.empty(max(0, len(prompt) - first), dtype=np.float64)
         for i, answer in enumerate(self._server.ask_all(requests)):
             scored = answer.get("completion_probabilities")
             if scored:
                 values[i] = max(float(scored[0]["logprob"]), LOGPROB_FLOOR)
             else:  # the token ends inside of a UTF-8 character: the server holds it back
-                answer = self._server.ask(self._whole_distribution(prompt[: i + 1]))
-                values[i] = _distribution(answer, self.n_vocab)[prompt[i + 1]]
+                answer = self._server.ask(self._whole_distribution(prompt[: first + i]))
+                values[i] = _distribution(answer, self.n_vocab)[prompt[first + i]]
             if progress is not None:
                 progress(i + 1)
         return values

@@ -1,0 +1,88 @@
+"""Tasks on a scorer: from questions to measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from irq_export.evaluate.measures import Measure
+from irq_export.evaluate.questions import Encode, Question, Request, requests_of
+from irq_export.evaluate.scorers import Scorer
+from irq_export.evaluate.tasks import Task
+from irq_formats.errors import UsageError
+
+__all__ = ["draw", "measure_task", "measure_windows"]
+
+#: Called with requests done, requests in all, and the name of the task.
+Progress = Callable[[int, int, str], None]
+
+
+def draw(task: Task, limit: int | None, seed: int) -> Task:
+    """Return the task with at most ``limit`` questions, drawn at random and left in their order."""
+    if limit is None or limit >= len(task.questions):
+        return task
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(task.questions))[:limit])
+    return replace(task, questions=tuple(task.questions[i] for i in chosen))
+
+
+def measure_task(
+    task: Task, encode: Encode, scorer: Scorer, progress: Progress | None = None
+) -> list[Measure]:
+    """Answer the questions of a task.
+
+    Args:
+        task: Questions and metrics.
+        encode: Text to tokens, the same for every model that is compared.
+        scorer: The model.
+        progress: Called as requests are done.
+
+    Returns:
+        One measure a metric.
+    """
+    room = scorer.max_length if task.max_prompt is None else min(task.max_prompt, scorer.max_length)
+    requests: list[Request] = []
+    for question in task.questions:
+        requests += requests_of(question, encode, room)
+    report = None if progress is None else lambda done: progress(done, len(requests), task.name)
+    likelihoods = np.array([score.logprob for score in scorer.score(requests, report)])
+    groups = np.array([question.group for question in task.questions])
+    rules = {
+        "acc": Measure("acc", _right(task.questions, likelihoods, per_character=False)),
+        "acc_norm": Measure("acc_norm", _right(task.questions, likelihoods, per_character=True)),
+        "acc_subjects": Measure(
+            "acc_subjects", _right(task.questions, likelihoods, per_character=False), groups
+        ),
+    }
+    return [rules[metric] for metric in task.metrics]
+
+
+def _right(
+    questions: Sequence[Question], likelihoods: np.ndarray[tuple[int, ...], np.dtype[np.float64]], *, per_character: bool
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """1 where the most likely choice is the right one; of equal ones the first counts. float64 (n,)."""
+    right, start = np.zeros(len(questions)), 0
+    for i, question in enumerate(questions):
+        values = likelihoods[start : start + len(question.choices)]
+        start += len(question.choices)
+        if per_character:
+            values = values / np.array(question.lengths)
+        right[i] = values.argmax() == question.gold
+    return right
+
+
+def measure_windows(
+    windows: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    scorer: Scorer,
+    name: str,
+    progress: Progress | None = None,
+) -> list[Measure]:
+    """Measure the perplexity of windows of tokens, int64 ``(windows, context)``: the second half of each."""
+    if not len(windows):
+        raise UsageError("the text is shorter than a window", where=name)
+    half = windows.shape[1] // 2
+    requests = [Request(tuple(w[:half].tolist()), tuple(w[half:].tolist())) for w in windows]
+    report = None if progress is None else lambda done: progress(done, len(requests), name)
+    nats = np.array([-score.logprob / half for score in scorer.score(requests, report)])
+    return [Measure("perplexity", nats, exponential=True)]
