@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -16,8 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from irq_formats.errors import UsageError
-from irq_runtime.sampling import SamplingParams, generate, probabilities, sample
+from irq_formats.errors import MalformedFile, UsageError
+from irq_runtime.sampling import SamplingParams, generate, likeliest, probabilities, sample
 from tests.tolerance import SAMPLING_SIGMAS
 
 LOGITS = np.random.default_rng(0).standard_normal(100) * 3
@@ -48,6 +51,78 @@ def test_distribution_is_that_of_transformers(params: SamplingParams) -> None:
     scores = processors(torch.tensor([seen]), torch.from_numpy(LOGITS)[None].clone())
     expected = torch.softmax(scores[0], dim=-1).numpy()
     np.testing.assert_allclose(probabilities(LOGITS, params, seen), expected, rtol=1e-12, atol=0)
+
+
+FINITE = st.floats(-1e30, 1e30) | st.sampled_from([0.0, 1.0, -1.0])  # ties are likely
+EXTREME_PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 1e308) | st.sampled_from([1e-320, 5e-324, 0.7, 1.0]),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0, 1, exclude_min=True) | st.sampled_from([5e-324, 0.5, 1.0]),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0, 1e308, exclude_min=True) | st.sampled_from([1e-320, 1.0, 1.3]),
+)
+
+
+@given(
+    st.lists(FINITE | st.just(-np.inf), min_size=1, max_size=40).filter(lambda x: max(x) > -np.inf),
+    EXTREME_PARAMS,
+    st.sampled_from([np.float32, np.float64]),
+    st.integers(0, 9),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_parameters_give_a_distribution(
+    logits: list[float], params: SamplingParams, dtype: type, seen: int
+) -> None:
+    """Warnings are errors here: no overflow, no NaN, and a token that is allowed."""
+    values = np.array(logits, dtype)
+    context = list(range(min(seen, values.size)))
+    p = probabilities(values, params, context)
+    assert p.shape == values.shape
+    assert (p >= 0).all()
+    assert p.sum() == pytest.approx(1, abs=1e-12)
+    if params.top_k:
+        assert np.count_nonzero(p) <= params.top_k
+    token = sample(values, params, np.random.default_rng(0), context)
+    assert p[token] > 0
+
+
+@given(st.integers(0, 2**32), st.integers(2, 6000), EXTREME_PARAMS)
+@settings(max_examples=60, deadline=None, derandomize=True)  # a sum in another order may move the nucleus
+def test_partial_sorting_is_sorting(seed: int, size: int, params: SamplingParams) -> None:
+    """The distribution by the definition: everything sorted. Sizes around the first guess of top-p."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(rng.standard_normal(size) * rng.choice([0.1, 3.0, 30.0]), 1)
+    order = np.argsort(-logits, kind="stable")
+    p = probabilities(logits, replace(params, repetition_penalty=1.0))
+    if params.temperature == 0:
+        order, kept = order[:1], np.ones(1)
+    else:
+        order = order[: params.top_k or size]
+        with np.errstate(over="ignore"):
+            kept = np.exp((logits[order] - logits.max()) / params.temperature)
+        kept /= kept.sum()
+        if params.top_p < 1:
+            order = order[: int(np.searchsorted(np.cumsum(kept), params.top_p)) + 1]
+        kept = kept[: order.size]
+        order = order[kept >= params.min_p * kept[0]]
+    expected = np.zeros(size)
+    expected[order] = kept[: order.size] / kept[: order.size].sum()
+    np.testing.assert_allclose(p, expected, rtol=1e-9, atol=0)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, -np.inf]), min_size=1, max_size=30), st.integers(1, 40))
+def test_likeliest_is_a_stable_sort_cut_short(values: list[float], count: int) -> None:
+    scores = np.array(values)
+    assert likeliest(scores, count).tolist() == np.argsort(-scores, kind="stable")[:count].tolist()
+
+
+@pytest.mark.parametrize("broken", [[0.0, np.nan], [np.inf, 0.0], [-np.inf, -np.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_of_a_broken_model(broken: list[float], temperature: float) -> None:
+    params, rng = SamplingParams(temperature=temperature), np.random.default_rng(0)
+    with pytest.raises(MalformedFile, match="not numbers"):
+        sample(np.array(broken, np.float32), params, rng)
 
 
 def test_greedy_takes_the_first_of_equals() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irq_formats.errors import IrqError
-from irq_runtime.sampling import SamplingParams, sample
+from irq_runtime.sampling import SamplingParams, likeliest, sample
 from irq_runtime.text_stream import TextStream
 from irq_runtime.tokenizer import Tokenizer
 
@@ -95,6 +95,9 @@ class Job:
 
         Args:
             logits: ``(vocab_size,)``.
+
+        Raises:
+            MalformedFile: The logits are not numbers.
         """
         params = self._generation.params
         token = sample(logits, params, self._rng, self._seen)
@@ -128,6 +131,10 @@ def _logprobs(logits: NDArray[np.float32], token: int, count: int) -> TokenLogpr
     scores = logits.astype(np.float64)
     scores -= scores.max()
     scores -= np.log(np.exp(scores).sum())
-    likeliest = np.argsort(-scores, kind="stable")[:count]
-    top = tuple((int(index), float(scores[index])) for index in likeliest)
-    return TokenLogprobs(token, float(scores[token]), top)
+    top = tuple((int(index), _written(scores[index])) for index in likeliest(scores, count))
+    return TokenLogprobs(token, _written(scores[token]), top)
+
+
+def _written(logprob: np.float64) -> float:
+    """Return a number that JSON can hold: OpenAI writes -9999 for what cannot happen."""
+    return max(float(logprob), -9999.0)

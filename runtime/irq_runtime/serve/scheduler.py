@@ -209,7 +209,11 @@ class Scheduler:
                 self._finish(slot, job, "error", error)
             return
         for (slot, job), row in zip(ready, logits, strict=True):
-            reason = job.advance(row)
+            try:
+                reason = job.advance(row)
+            except IrqError as error:  # a model that computes NaN
+                self._finish(slot, job, "error", error)
+                continue
             if reason is not None:
                 self._finish(slot, job, reason)
 
