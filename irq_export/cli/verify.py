@@ -44,6 +44,8 @@ _PATH = click.Path(path_type=Path)
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Compute threads.")
 @click.option("--report", type=_PATH, help="Write the JSON report here too.")
 @click.option("--junit", type=_PATH, help="Write JUnit XML here.")
+@click.option("--html", type=_PATH, help="Write a page with plots here; it loads nothing.")
+@click.option("--baseline", type=_PATH, help="An earlier JSON report: fail if a figure of it has got worse.")
 @json_option
 @verb
 def command(
@@ -59,15 +61,20 @@ def command(
     threads: int,
     report: Path | None,
     junit: Path | None,
+    html: Path | None,
+    baseline: Path | None,
     as_json: bool,
 ) -> None:
     """Prove that FILE computes what the checkpoint computes.
 
     FILE is a GGUF file or the directory of a stock pair. Exit code 0 if every gate holds, 4 if not.
     """
+    from irq_export.parity.baseline import compare_with_baseline, read_baseline
+    from irq_export.parity.html import to_html
     from irq_export.parity.verify import verify
 
-    for path in (report, junit):
+    earlier = None if baseline is None else read_baseline(baseline)
+    for path in (report, junit, html):
         if path is not None:
             check_file_target(path, overwrite=True)
     with progress("verify") as update:
@@ -84,7 +91,9 @@ def command(
             threads=threads,
             progress=update,
         )
-    for path, content in ((report, found.to_json()), (junit, found.to_junit())):
+    if earlier is not None:
+        found = compare_with_baseline(found, earlier)
+    for path, content in ((report, found.to_json()), (junit, found.to_junit()), (html, to_html(found))):
         if path is not None:
             with atomic_file(path, overwrite=True) as stream:
                 stream.write(content.encode())

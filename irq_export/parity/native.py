@@ -74,6 +74,6 @@ def _check(name: str, metrics: LogitMetrics, bound: float, kl_bound: float | Non
         metrics.nmse <= bound and (kl_bound is None or metrics.kl_mean <= kl_bound),
         f"NMSE {metrics.nmse:.2e}, KL {metrics.kl_mean:.2e}, top-1 {metrics.top1:.1%}, "
         f"perplexity {metrics.perplexity:.4f} ({metrics.perplexity_reference:.4f})",
-        metrics.to_dict(),
+        {**metrics.to_dict(), "nmse_bound": bound},
         gate,
     )

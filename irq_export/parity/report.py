@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
-__all__ = ["Check", "ParityReport"]
+__all__ = ["REPORT_SCHEMA", "Check", "ParityReport"]
 
 #: Version of the JSON report (formats/schema/parity-report.schema.json).
 REPORT_SCHEMA = "irq.parity/1"
@@ -18,7 +18,7 @@ class Check:
     """One thing that was checked.
 
     Attributes:
-        level: ``container``, ``tensors``, ``tokenizer``, ``logits`` or ``greedy``.
+        level: ``container``, ``tensors``, ``tokenizer``, ``logits``, ``greedy`` or ``baseline``.
         name: What was compared with what.
         passed: The verdict; None if it is only reported, without a gate.
         detail: What was measured, in one line.

@@ -209,7 +209,7 @@ def _nmse_check(name: str, metrics: LogitMetrics, bound: float) -> Check:
         f"NMSE {metrics.nmse:.2e}, KL {metrics.kl_mean:.2e}, top-1 {metrics.top1:.1%}, "
         f"perplexity {metrics.perplexity:.4f} ({metrics.perplexity_reference:.4f}), "
         f"{metrics.positions} positions",
-        metrics.to_dict(),
+        {**metrics.to_dict(), "nmse_bound": bound},
         f"NMSE <= {bound:g}",
     )
 

@@ -149,6 +149,20 @@ def test_command_line(irq: Case, tmp_path: Path) -> None:
     bad = CliRunner().invoke(main, arguments)
     assert bad.exit_code == 4
     assert "FAIL tensors" in bad.stdout
+    html = tmp_path / "report.html"
+    arguments += ["--adapter", str(irq.adapter), "--baseline", str(report), "--html", str(html)]
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 0, again.output
+    assert html.read_text().startswith("<!DOCTYPE html>")
+    document = json.loads(report.read_text())
+    for check in document["checks"]:
+        if "nmse" in check["values"]:
+            check["values"]["nmse"] = 0.0
+            check["values"]["perplexity"] *= 0.99
+    report.write_text(json.dumps(document))
+    worse = CliRunner().invoke(main, arguments)
+    assert worse.exit_code == 4
+    assert "FAIL baseline" in worse.stdout
 
 
 def test_file_of_another_model_fails(irq: Case, shared_data: Path, tmp_path: Path) -> None:
