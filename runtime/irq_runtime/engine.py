@@ -50,7 +50,7 @@ class Engine:
     """A model ready to run.
 
     Args:
-        path: GGUF of the irq profile, or a stock one in F32, F16, BF16, Q8_0, Q4_0 or Q4_1.
+        path: GGUF of the irq profile, or a stock one in F32, F16, BF16, Q8_0, Q4_0, Q4_1 or Q2_0.
         adapter: Adapter file of the same profile; None: what the model embeds, if anything.
         adapter_scale: Multiplier of the adapter.
         threads: 1 to 256.

@@ -32,7 +32,7 @@ struct Value {
 };
 
 // Types of ggml that may stand in a file; ids are ggml's.
-enum class GgmlType : std::uint32_t { f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q8_0 = 8, i8 = 24, bf16 = 30 };
+enum class GgmlType : std::uint32_t { f32 = 0, f16 = 1, q4_0 = 2, q4_1 = 3, q8_0 = 8, i8 = 24, bf16 = 30, q2_0 = 42 };
 
 struct BlockLayout {
     const char *name;

@@ -39,7 +39,7 @@ struct Layer {
 
 class Model {
 public:
-    // Opens a model file (irq, or stock F32 F16 BF16 Q8_0 Q4_0 Q4_1) and, unless `adapter` is empty, an
+    // Opens a model file (irq, or stock F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q2_0) and, unless `adapter` is empty, an
     // adapter file of the same profile. Mode::fast keeps adapters in fp16, exact in float32.
     // Error: see irq_runtime.weights.open_weights.
     Model(const std::string &path, const std::string &adapter, double adapter_scale, Mode mode);
@@ -62,7 +62,8 @@ private:
     void read_irq(const std::string &adapter, double scale, Adapter &layers);
     void read_stock(const std::string &adapter, double scale, Adapter &layers);
     std::string path_of(const std::string &name) const;
-    Matrix matrix(const std::string &name) const;
+    Matrix matrix(const std::string &name);
+    Matrix repacked(const TensorInfo &tensor);
     std::vector<float> vector(const std::string &name) const;
     Linear linear(const std::string &name, const Adapter &adapter, Mode mode);
     Matrix keep(const std::vector<float> &values, std::size_t rows, std::size_t columns, Mode mode);
@@ -70,9 +71,10 @@ private:
     std::unique_ptr<GgufFile> file_;
     ModelConfig config_;
     std::vector<float> frequencies_;
-    std::map<std::string, Matrix> blocks_;  // block-quantised, by stock name with ".weight"
+    std::map<std::string, Matrix> blocks_;  // block-quantised, by stock name with ".weight"; Q2_0 too
     std::deque<std::vector<float>> floats_;          // folded adapters
-    std::deque<std::vector<std::uint16_t>> halves_;  // the same in fp16
+    std::deque<std::vector<std::uint16_t>> halves_;  // the same in fp16; scales of Q2_0
+    std::deque<std::vector<std::uint8_t>> codes_;    // of Q2_0
     std::vector<Layer> layers_;
     std::vector<float> output_norm_;
     Matrix embedding_;

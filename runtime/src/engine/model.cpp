@@ -43,7 +43,7 @@ Matrix stock_view(const GgufFile &gguf, const TensorInfo &tensor) {
         case GgmlType::q4_1: format = Format::q4_1; break;
         default:
             throw Error(Fault::unsupported, "the engine does not compute with this type",
-                        gguf.path() + ": " + tensor.name, "F32 | F16 | BF16 | Q8_0 | Q4_0 | Q4_1",
+                        gguf.path() + ": " + tensor.name, "F32 | F16 | BF16 | Q8_0 | Q4_0 | Q4_1; Q2_0 for matrices",
                         block_layout(tensor.type).name);
     }
     const std::size_t columns = tensor.shape.back();
@@ -174,9 +174,29 @@ void Model::read_stock(const std::string &adapter, double scale, Adapter &folded
 
 std::string Model::path_of(const std::string &name) const { return file_->path() + ": " + name; }
 
-Matrix Model::matrix(const std::string &name) const {
+Matrix Model::matrix(const std::string &name) {
     const auto block = blocks_.find(name);
-    return block != blocks_.end() ? block->second : stock_view(*file_, *file_->find(name));
+    if (block != blocks_.end()) return block->second;
+    const TensorInfo &tensor = *file_->find(name);
+    if (tensor.type != GgmlType::q2_0) return stock_view(*file_, tensor);
+    return blocks_.emplace(name, repacked(tensor)).first->second;  // a tied head asks again
+}
+
+// The only carrier that is copied (see repack_q2_0).
+Matrix Model::repacked(const TensorInfo &tensor) {
+    Matrix matrix;
+    matrix.format = Format::blocks;
+    matrix.codebook = IRQ_INT2;
+    matrix.block_size = 64;
+    matrix.rows = tensor.shape.front();
+    matrix.columns = tensor.shape.back();
+    auto &codes = codes_.emplace_back(matrix.rows * matrix.row_bytes());
+    auto &scales = halves_.emplace_back(matrix.rows * matrix.blocks_per_row());
+    repack_q2_0(file_->data(tensor), scales.size(), codes.data(), scales.data());
+    matrix.data = codes.data();
+    matrix.scale.storage = Storage::f16;
+    matrix.scale.values = scales.data();
+    return matrix;
 }
 
 std::vector<float> Model::vector(const std::string &name) const { return read_f32(*file_, *file_->find(name)); }

@@ -32,6 +32,10 @@ void check_no_strangers(const GgufFile &gguf, const std::set<std::string> &known
 // A tensor in one of the carriers the kernels decode. Error: another type.
 Matrix stock_view(const GgufFile &gguf, const TensorInfo &tensor);
 
+// Blocks of ggml's Q2_0 as irq's int2 with fp16 scales, 18 bytes of 64 weights again: codes (count, 16),
+// scales (count,). The kernels want another order of elements than ggml's.
+void repack_q2_0(const std::uint8_t *blocks, std::size_t count, std::uint8_t *codes, std::uint16_t *scales);
+
 // A tensor of such a type as float32.
 std::vector<float> read_f32(const GgufFile &gguf, const TensorInfo &tensor);
 
