@@ -51,7 +51,8 @@ def command(
 ) -> None:
     """Measure how fast FILE reads prompts (pp) and generates tokens (tg) on this machine.
 
-    Generated tokens come with the bytes each reads and their share of the measured memory bandwidth.
+    FILE is a GGUF or the directory of a stock pair. Generated tokens come with the bytes each reads and
+    their share of the measured memory bandwidth.
     """
     from irq_runtime.bench import bench
 

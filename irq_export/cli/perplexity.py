@@ -47,7 +47,10 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of FILE on TEXT, in llama-perplexity's convention."""
+    """Measure the perplexity of FILE on TEXT, in llama-perplexity's convention.
+
+    FILE is a GGUF or the directory of a stock pair.
+    """
     from irq_export.perplexity import perplexity
 
     with progress("perplexity") as update:

@@ -64,7 +64,7 @@ def command(
     grace_s: float,
     as_json: bool,
 ) -> None:
-    """Serve FILE, a GGUF of the irq or a stock profile, until Ctrl-C or SIGTERM.
+    """Serve FILE, a GGUF or the directory of a stock pair, until Ctrl-C or SIGTERM.
 
     Endpoints: /v1/completions, /v1/chat/completions (both also as a stream), /v1/models, /health.
     """

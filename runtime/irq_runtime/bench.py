@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from irq_formats.errors import UsageError
+from irq_formats.gguf.pair import model_files
 from irq_runtime import _native
 from irq_runtime.engine import Engine
 
@@ -53,7 +54,7 @@ class BenchReport:
     """What was measured.
 
     Attributes:
-        model: The file.
+        model: The file, or the directory of a pair, as given.
         file_bytes: Its size.
         mode: ``exact`` or ``fast``.
         threads: Threads used.
@@ -110,7 +111,7 @@ def bench(
     """Measure a model.
 
     Args:
-        model: GGUF that the native engine opens.
+        model: GGUF that the native engine opens, or the directory of a stock pair.
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
         mode: ``exact`` or ``fast``.
@@ -127,9 +128,10 @@ def bench(
     lengths = [*prompt, *generate]
     if not lengths or min(lengths) < 1 or repetitions < 1:
         raise UsageError("nothing to measure", expected="lengths and repetitions of 1 or more")
+    path, adapter = model_files(model, adapter)
     started = time.perf_counter()
     engine = Engine(
-        model,
+        path,
         adapter,
         adapter_scale,
         threads=threads,
