@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "DDP_GRADIENT",
     "FOLD_FLOAT32",
     "FOLD_FLOAT64",
     "FOLD_PEFT_LOGITS",
@@ -93,3 +94,8 @@ NMSE_FAST_TINY = 1e-3
 #: (LLAMACPP_FORCED_LOGPROB).
 LOGLIKELIHOOD_FLOAT64 = 2e-6
 LOGLIKELIHOOD_FLOAT32 = 5e-5
+
+#: Gradients of two processes against one, float32, relative to the largest of a tensor: the same products, summed
+#: over half the batch each and then added; 2^-24 per operation, sums of a few hundred tokens, four layers deep
+#: (each amplifies by its norm): a few 1e-6. A wrong weighting of the halves shows at 1e-1.
+DDP_GRADIENT = 1e-4
