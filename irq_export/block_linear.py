@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from irq_export import kernels
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.double_quant import GROUP_SIZE, dynamic_map
 from irq_formats.packing import block_bytes
@@ -140,6 +141,10 @@ def decode_blocks(codes: Tensor, scale: Tensor, tau: Tensor | None, codebook: st
 
 
 def _decode(parts: Parts, dtype: torch.dtype) -> Tensor:
+    if dtype != torch.float64 and kernels.available(parts.codes.device):
+        from irq_export.kernels.decode import decode as decode_on_gpu
+
+        return decode_on_gpu(parts, dtype)
     scale, tau = effective_scale(parts), effective_tau(parts)
     return decode_blocks(parts.codes, scale, tau, parts.codebook, parts.block_size).to(dtype)
 

@@ -1,8 +1,8 @@
 """The exact ICQ search: which scale and offset a block of weights gets (IR-QLoRA, arXiv 2402.05445, §3.2).
 
-Every implementation (this one, C++, Triton) must return the same bits, so the definition leaves nothing
-open. All arithmetic is IEEE float32, round to nearest even, one rounding per operation, no fused
-multiply-add, no flush to zero; ``fl`` marks a rounding. For a block ``w[0..B-1]`` in its own order:
+Every implementation (this one, C++ on a CPU, Triton on CUDA) must return the same bits, so the definition
+leaves nothing open. All arithmetic is IEEE float32, round to nearest even, one rounding per operation, no
+fused multiply-add, no flush to zero; ``fl`` marks a rounding. For a block ``w[0..B-1]`` in its own order:
 
 1. ``tau0`` = the lower median (the ``B/2``-th smallest), ``A = max fl|w - tau0|``.
 2. Candidates ``i = 0 .. 2n``: ``f_i = fl32(((i - n) / n * tau_range) * SIGMA)``, evaluated in float64 from
@@ -36,11 +36,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from irq_export import kernels
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.errors import UsageError
-from irq_runtime import _native
 
-__all__ = ["SIGMA", "SearchConfig", "block_entropy", "plain_entropy", "search_blocks"]
+__all__ = ["SIGMA", "SearchConfig", "block_entropy", "entropy_table", "plain_entropy", "search_blocks"]
 
 #: 1 / ppf(0.9677083), both in float32 as scipy evaluates them in the released code, inverted in float64.
 SIGMA = 0.5410872368978237
@@ -126,14 +126,18 @@ class _Book(NamedTuple):
     half_range: Tensor | None  # (2**k - 1) / 2 of int-k; a tensor, since CUDA multiplies by 1 / scalar
 
 
+def entropy_table(block_size: int) -> list[int]:
+    """The table T of step 5: what a code that ``n = 0..B`` weights have adds to the entropy, fixed point."""
+    shares = [n / block_size for n in range(1, block_size + 1)]
+    return [0, *(round(-p * math.log2(p) * ENTROPY_UNIT) for p in shares)]
+
+
 def _book(name: str, block_size: int, device: torch.device) -> _Book:
     book = CODEBOOKS[name]
-    p = [n / block_size for n in range(1, block_size + 1)]
-    table = [0, *(round(-x * math.log2(x) * ENTROPY_UNIT) for x in p)]
     return _Book(
         torch.tensor(book.levels, device=device),
         torch.tensor(book.midpoints, device=device),
-        torch.tensor(table, device=device),
+        torch.tensor(entropy_table(block_size), device=device),
         book.zero_code,
         torch.tensor((2**book.bits - 1) / 2, device=device) if book.affine else None,
     )
@@ -236,6 +240,8 @@ def _search(blocks: Tensor, config: SearchConfig, book: _Book, pairs_at_once: in
 
 def _search_native(blocks: Tensor, config: SearchConfig, book: _Book) -> tuple[Tensor, Tensor]:
     """The same as :func:`_search`, bit for bit, on the CPU: a C++ kernel over torch's number of threads."""
+    from irq_runtime import _native
+
     scale, tau = _native.icq_search(
         blocks.numpy(),
         book.levels.numpy(),
@@ -282,6 +288,10 @@ def search_blocks(
     Returns:
         scale float32 ``(n,)``, not negative, and tau float32 ``(n,)``.
     """
+    if config.icq and kernels.available(blocks.device):
+        from irq_export.kernels.icq import search
+
+        return search(blocks, codebook, config, with_tau=with_tau)
     book = _book(codebook, blocks.shape[1], blocks.device)
     if not config.icq:
         scale, tau = _plain_pair(blocks, book)
