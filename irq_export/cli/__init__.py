@@ -13,14 +13,18 @@ __all__ = ["main"]
 #: verb -> (module, one line of help). The module's ``command`` is the click command.
 _VERBS = {
     "demo": ("demo", "Quantise, export, run and prove the model that ships in this package."),
+    "import": ("import_checkpoint", "Turn a bitsandbytes or released IR-QLoRA model into a checkpoint."),
     "quantize": ("quantize", "Quantise a Hugging Face model to 2-4 bits with ICQ."),
+    "train": ("train", "Fine-tune a model with IR-QLoRA."),
     "fold-adapter": ("fold_adapter", "Turn an IR-QLoRA adapter into a plain PEFT adapter, exactly."),
     "to-gguf": ("to_gguf", "Pack a checkpoint into GGUF, bit for bit."),
+    "to-onnx": ("to_onnx", "Write a checkpoint as an ONNX model, bit for bit."),
     "inspect": ("inspect", "Show what a GGUF file or a checkpoint holds."),
     "run": ("run", "Generate text from a GGUF file."),
     "bench": ("bench", "Measure the speed of a GGUF file."),
     "perplexity": ("perplexity", "Measure how well a GGUF file predicts a text."),
     "serve": ("serve", "Serve a GGUF file over OpenAI's protocol."),
+    "evaluate": ("evaluate", "Run benchmarks on one model, or on two side by side."),
     "verify": ("verify", "Prove that an exported file computes what the checkpoint computes."),
 }
 

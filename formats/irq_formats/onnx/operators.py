@@ -25,7 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from irq_formats.codebooks import CODEBOOKS
-from irq_formats.onnx.ops import CONTRIB, DTYPES, Attribute, Ops
+from irq_formats.onnx.ops import CONTRIB, DTYPES, Attribute, Ops, annotate
 
 __all__ = ["DOMAIN", "IR_VERSION", "OPSET", "OPSETS", "VERSION", "Operator", "body", "function"]
 
@@ -124,6 +124,7 @@ def _stock_product(
         product = ops("MatMulBnb4", a, codes, scale, domain=CONTRIB, quant_type=1, **shape)
     else:
         product = ops("MatMulNBits", a, codes, scale, domain=CONTRIB, bits=4, accuracy_level=0, **shape)
+    annotate(product, operator.dtype)
     if tau is None:
         return product
     lead, blocks = ops("Shape", a, end=-1), ops("Shape", tau, start=1)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["CONTRIB", "DTYPES", "Attribute", "Ops"]
+__all__ = ["CONTRIB", "DTYPES", "Attribute", "Ops", "annotate"]
 
 #: Domain of onnxruntime's own operators.
 CONTRIB = "com.microsoft"
@@ -79,6 +79,19 @@ class Ops:
             name = f"const_{len(self._constants)}"
             self._constants[key] = self("Constant", name=name, value=array)
         return self._constants[key]
+
+
+def annotate(value: ir.Value, dtype: str, shape: Sequence[int | str] | None = None) -> ir.Value:
+    """Say what the output of an operator outside the standard is: ONNX cannot infer it.
+
+    Args:
+        value: The output.
+        dtype: numpy name.
+        shape: Numbers and symbols; None leaves the rank open.
+    """
+    value.type = ir.TensorType(DTYPES[dtype])
+    value.shape = None if shape is None else ir.Shape(shape)
+    return value
 
 
 def _attr(name: str, value: Attribute) -> ir.Attr:

@@ -1,0 +1,168 @@
+"""Reading an exported model back: the graph, and its tensors where they lie.
+
+Nothing of the data file is read before all that the graph says about it has been checked: its name is plain
+and it is no link, every range lies inside it and belongs to one tensor, lengths are those of dtype and shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from irq_formats.errors import MalformedFile, UsageError
+from irq_formats.files import FixedFile, open_fixed
+
+__all__ = ["DATA_NAME", "MODEL_NAME", "OnnxModel", "StoredTensor", "open_model"]
+
+MODEL_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+
+#: A graph of 512 layers takes some 10 MB; more is no graph of ours.
+_MAX_GRAPH_BYTES = 256 << 20
+_DTYPES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.UINT8: "uint8",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in the data file.
+
+    Attributes:
+        dtype: numpy name.
+        shape: Its shape.
+        offset: First byte.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An opened model.
+
+    Attributes:
+        path: ``model.onnx``.
+        proto: The graph.
+        metadata: ``metadata_props`` of the model.
+        tensors: What lies in the data file, by name.
+        data: The data file; None if the graph has no external data.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, StoredTensor]
+    data: FixedFile | None
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        """Read a tensor of the data file.
+
+        Raises:
+            MalformedFile: There is no such tensor, or the file changed since it was opened.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None or self.data is None:
+            raise MalformedFile("no such tensor", where=self.path, expected=name)
+        return self.data.read_array(tensor.offset, tensor.dtype, tensor.shape)
+
+
+def open_model(path: str | Path) -> OnnxModel:
+    """Open ``model.onnx`` and check where its tensors are.
+
+    Args:
+        path: The file, or the directory it is in.
+
+    Raises:
+        UsageError: There is no such file.
+        MalformedFile: It is no ONNX model, or its external data breaks spec/irq-onnx.md, section 4.
+    """
+    path = Path(path)
+    path = path / MODEL_NAME if path.is_dir() else path
+    file = open_fixed(path)
+    if file.size > _MAX_GRAPH_BYTES:
+        raise MalformedFile("too large", where=path, expected=f"<= {_MAX_GRAPH_BYTES} bytes", got=file.size)
+    try:
+        proto = onnx.load_model_from_string(file.read_bytes(0, file.size))
+    except Exception as error:  # protobuf's own, which differs between its versions
+        raise MalformedFile("is not an ONNX model", where=path, got=str(error)[:80]) from error
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    external = [
+        tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]
+    if not external:
+        return OnnxModel(path, proto, metadata, {}, None)
+    data = _data_file(path, external)
+    tensors = {}
+    for proto_tensor in external:
+        if proto_tensor.name in tensors:
+            raise MalformedFile("two tensors of one name", where=path, got=proto_tensor.name)
+        tensors[proto_tensor.name] = _stored(path, proto_tensor, data.size)
+    _check_disjoint(path, tensors)
+    return OnnxModel(path, proto, metadata, tensors, data)
+
+
+def _data_file(path: Path, external: list[onnx.TensorProto]) -> FixedFile:
+    """Open the one file that all tensors name, if its name keeps inside the directory."""
+    names = {entry.value for tensor in external for entry in tensor.external_data if entry.key == "location"}
+    if len(names) != 1:
+        raise MalformedFile(
+            "external data in several files", where=path, expected="one", got=sorted(names)[:3]
+        )
+    name = names.pop()
+    if name in ("", ".", "..") or any(bad in name for bad in "/\\\0:"):
+        raise MalformedFile(
+            "external data outside the model's folder", where=path, expected="a plain name", got=repr(name)
+        )
+    target = path.parent / name
+    if target.is_symlink():
+        raise MalformedFile("external data is a link", where=target, expected="a regular file")
+    try:
+        return open_fixed(target)
+    except UsageError as error:
+        raise MalformedFile("external data is missing", where=target) from error
+
+
+def _stored(path: Path, tensor: onnx.TensorProto, size: int) -> StoredTensor:
+    where = f"{path}: {tensor.name}"
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if len(entries) != len(tensor.external_data) or not {"location", "offset", "length"} <= entries.keys():
+        raise MalformedFile("external data", where=where, expected="location, offset, length, each once")
+    if tensor.data_type not in _DTYPES or any(dim < 0 for dim in tensor.dims):
+        raise MalformedFile("dtype or shape", where=where, got=(tensor.data_type, list(tensor.dims)[:8]))
+    numbers = [entries["offset"], entries["length"]]
+    if not all(number.isascii() and number.isdecimal() and len(number) < 20 for number in numbers):
+        raise MalformedFile("offset or length is no number", where=where, got=[n[:24] for n in numbers])
+    offset, length = map(int, numbers)
+    stored = StoredTensor(_DTYPES[tensor.data_type], tuple(tensor.dims), offset)
+    if length != stored.nbytes or offset + length > size:
+        raise MalformedFile(
+            "external data does not fit",
+            where=where,
+            expected=f"{stored.nbytes} bytes inside {size}",
+            got=f"{length} bytes at {offset}",
+        )
+    return stored
+
+
+def _check_disjoint(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    end, previous = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset < end:
+            raise MalformedFile("tensors overlap", where=path, got=f"{previous}, {name}")
+        end, previous = tensor.offset + tensor.nbytes, name

@@ -1,0 +1,80 @@
+"""The options of ``to-onnx``, checked against each other before anything is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from irq_formats.errors import UsageError
+
+__all__ = ["ATTENTIONS", "DTYPES", "PROFILES", "OnnxOptions"]
+
+PROFILES = ("irq", "stock")
+ATTENTIONS = ("gqa", "standard")
+DTYPES = {"f32": "float32", "f16": "float16"}
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxOptions:
+    """What to make of a checkpoint.
+
+    Attributes:
+        profile: ``irq`` (operators of our domain with function bodies) or ``stock`` (the bodies alone).
+        attention: ``gqa`` (onnxruntime's GroupQueryAttention) or ``standard`` (plain ONNX operators).
+        dtype: ``f32`` or ``f16``, of activations and of everything that is not a code or a norm.
+        adapters: PEFT directories; none takes the checkpoint's own, if it has one.
+        bake_adapter: Put the one adapter into the model, as side branches that cannot be swapped.
+        adapter_slots: Give every linear layer inputs for an adapter.
+        int_bits: ``4``: int3 and int2 are carried in 4-bit integers, which stock onnxruntime multiplies
+            fast; ``own``: they keep their 3 and 2 bits.
+        context: Positions the model is exported for; None takes those it was made for.
+
+    Raises:
+        UsageError: An unknown value, or options that contradict each other.
+    """
+
+    profile: str = "irq"
+    attention: str = "gqa"
+    dtype: str = "f32"
+    adapters: Sequence[str | Path] = ()
+    bake_adapter: bool = False
+    adapter_slots: bool = True
+    int_bits: str = "4"
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("profile", PROFILES),
+            ("attention", ATTENTIONS),
+            ("dtype", tuple(DTYPES)),
+            ("int_bits", ("4", "own")),
+        ):
+            if (got := getattr(self, name)) not in allowed:
+                raise UsageError(f"unknown {name}", expected=" | ".join(allowed), got=got)
+        if self.bake_adapter and len(self.adapters) > 1:
+            raise UsageError("one adapter can be baked in", expected=1, got=len(self.adapters))
+        if self.adapters and not (self.adapter_slots or self.bake_adapter):
+            raise UsageError("a model without adapter inputs takes no adapter", got=str(self.adapters[0]))
+        names = [self.adapter_name(path) for path in self.adapters]
+        if len(set(names)) < len(names):
+            raise UsageError("two adapters of one name", got=", ".join(names))
+        if self.context is not None and self.context < 1:
+            raise UsageError("context out of range", expected=">= 1", got=self.context)
+
+    @staticmethod
+    def adapter_name(path: str | Path) -> str:
+        """Return the name of an adapter's file, without suffix: that of its directory.
+
+        Raises:
+            UsageError: The directory's name is no plain file name.
+        """
+        name = Path(path).resolve().name
+        if not _PLAIN_NAME.fullmatch(name):
+            raise UsageError(
+                "the adapter's directory needs a plain name", where=path, expected=_PLAIN_NAME.pattern
+            )
+        return name
