@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from irq_formats.errors import MalformedFile
 
 __all__ = ["parse_object"]
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_object(data: bytes, *, where: str | Path) -> dict[str, object]:
@@ -38,8 +41,18 @@ def parse_object(data: bytes, *, where: str | Path) -> dict[str, object]:
         document = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise MalformedFile("not valid JSON", where=where, got=error) from error
+    if _SURROGATE.search(data):
+        _check_text(document, where)
     if not isinstance(document, dict):
         raise MalformedFile(
             "wrong JSON document", where=where, expected="an object", got=type(document).__name__
         )
     return document
+
+
+def _check_text(document: object, where: str | Path) -> None:
+    """Raise MalformedFile if an escape names half a character, which no UTF-8 file can hold."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MalformedFile("not valid JSON", where=where, got="half of a surrogate pair") from error

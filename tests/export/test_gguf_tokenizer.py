@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -17,8 +18,9 @@ from irq_export.export.gguf.tokenizer import read_tokenizer
 from irq_export.export.gguf.vocabulary import TokenType
 from irq_export.parity.llamacpp import LlamaCpp
 from irq_formats.blocks import BlockSpec
-from irq_formats.errors import MalformedFile, UnsupportedModel
-from irq_formats.gguf import open_gguf
+from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel
+from irq_formats.gguf import STR, open_gguf
+from irq_formats.gguf.writer import encode_header
 from irq_runtime.tokenizer import load_tokenizer
 
 LINES = [
@@ -226,3 +228,51 @@ def test_modelfile_says_only_what_is_known():
         assert 'TEMPLATE """' not in unknown
         assert "# TEMPLATE: left to Ollama" in unknown
         assert "ADAPTER" not in unknown
+
+
+def _paths(node, path=()):
+    """Every place of a JSON document; of long lists and objects the first and the last entry."""
+    yield path
+    keys = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, list) else []
+    for key in keys if len(keys) <= 12 else (keys[0], keys[-1]):
+        yield from _paths(node[key], (*path, key))
+
+
+def _is_refused(directory, stock):
+    try:
+        values = read_tokenizer(directory, VOCAB_SIZE, stock=stock).values
+    except IrqError:
+        return True
+    encode_header({"general.architecture": STR("llama"), **values}, [])  # every value can be written
+    return False
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("smollm", "tokenizer.json"),
+        ("sentencepiece", "tokenizer.json"),
+        ("smollm", "tokenizer_config.json"),
+    ],
+)
+def test_any_damage_to_the_structure_is_refused_or_read(tmp_path, kind, file):
+    """Every value replaced by ones of every type, and left out: an error of ours, or a file."""
+    save_tiny_tokenizer(tmp_path, kind, chat_template=CHATML)
+    original = json.loads((tmp_path / file).read_text())
+    original.setdefault("chat_template", [{"name": "default", "template": "A"}])
+    refused = 0
+    for path in _paths(original):
+        for value in (None, True, -1, 2**70, "x", "\ud800", [None], {"x": 1}, ...):
+            document = copy.deepcopy(original)
+            parent = document
+            for key in path[:-1]:
+                parent = parent[key]
+            if not path:
+                document = value if value is not ... else []
+            elif value is ...:
+                del parent[path[-1]]
+            else:
+                parent[path[-1]] = value
+            (tmp_path / file).write_text(json.dumps(document))
+            refused += sum(_is_refused(tmp_path, stock) for stock in (True, False))
+    assert refused > 20

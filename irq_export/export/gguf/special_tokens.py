@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from irq_formats.errors import MalformedFile
 from irq_formats.files import open_fixed
 from irq_formats.strict_json import parse_object
 
-__all__ = ["read_json", "special_ids"]
+__all__ = ["AddedToken", "added_tokens", "read_json", "special_ids"]
 
 #: Names of a special token: in tokenizer_config.json, and in GGUF.
 _SPECIAL = {
@@ -21,6 +22,15 @@ _SPECIAL = {
 }
 #: Where a model ends its turn with other tokens than eos, they go here.
 _MORE_ENDS = ("eot_token_id", "eom_token_id")
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """An entry of ``added_tokens``."""
+
+    text: str
+    token_id: int
+    is_special: bool
 
 
 def read_json(path: Path) -> dict[str, object]:
@@ -42,12 +52,12 @@ def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, i
         tokenizer: Its parsed ``tokenizer.json``.
 
     Raises:
-        MalformedFile: A named token is not in the vocabulary.
+        MalformedFile: A named token is not in the vocabulary, or the file has another structure.
     """
     config = read_json(directory / "tokenizer_config.json")
     model = read_json(directory / "config.json")
     generation = read_json(directory / "generation_config.json")
-    ids = _ids(tokenizer)
+    ids = _ids(tokenizer, directory / "tokenizer.json")
     known = set(ids.values())
     found: dict[str, int] = {}
     for name, key in _SPECIAL.items():
@@ -57,8 +67,8 @@ def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, i
             first = _ends(model.get(f"{name}_id"))
             if first and first[0] in known:
                 found[key] = first[0]
-        elif text in ids:
-            found[key] = ids[str(text)]
+        elif isinstance(text, str) and text in ids:
+            found[key] = ids[text]
         else:
             raise MalformedFile(f"{name} is not in the vocabulary", where=directory, got=repr(text))
     ends = [token_id for token_id in _ends(generation.get("eos_token_id")) if token_id in known]
@@ -66,15 +76,45 @@ def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, i
     return found | dict(zip(_MORE_ENDS, more, strict=False))
 
 
-def _ids(tokenizer: Mapping[str, object]) -> dict[str, int]:
+def added_tokens(tokenizer: Mapping[str, object], where: object) -> list[AddedToken]:
+    """Return the ``added_tokens`` of a parsed ``tokenizer.json``.
+
+    Raises:
+        MalformedFile: They are not a list of objects with a text and an id.
+    """
+    entries = tokenizer.get("added_tokens")
+    found = []
+    for entry in _list(entries, f"{where}: added_tokens"):
+        fields = entry if isinstance(entry, Mapping) else {}
+        text, token_id = fields.get("content"), fields.get("id")
+        if not isinstance(text, str) or type(token_id) is not int:
+            raise MalformedFile(
+                "not an added token", where=where, expected="a content and an id", got=repr(entry)[:80]
+            )
+        found.append(AddedToken(text, token_id, fields.get("special") is True))
+    return found
+
+
+def _list(value: object, where: str) -> list[object]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise MalformedFile("wrong type of value", where=where, expected="a list", got=type(value).__name__)
+    return value
+
+
+def _ids(tokenizer: Mapping[str, object], where: object) -> dict[str, int]:
     """Return text to id of vocabulary and added tokens."""
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
     if isinstance(vocab, list):  # Unigram: [text, score] in order of ids
+        if not all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in vocab):
+            raise MalformedFile("not a list of pieces and scores", where=f"{where}: model.vocab")
         vocab = {entry[0]: i for i, entry in enumerate(vocab)}
-    added = tokenizer.get("added_tokens")
-    named = {token["content"]: token["id"] for token in added} if isinstance(added, list) else {}
-    return {**(vocab if isinstance(vocab, Mapping) else {}), **named}
+    ids = dict(vocab) if isinstance(vocab, Mapping) else {}
+    if not all(type(token_id) is int for token_id in ids.values()):
+        raise MalformedFile("the vocabulary does not map text to ids", where=f"{where}: model.vocab")
+    return ids | {token.text: token.token_id for token in added_tokens(tokenizer, where)}
 
 
 def _ends(value: object) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
 from irq_export.export.gguf.special_tokens import read_json, special_ids
 from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from irq_formats.errors import UnsupportedModel
+from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.files import open_fixed
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
 from irq_formats.strict_json import parse_object
@@ -108,7 +108,7 @@ def _added_values(
     A token that is added but not declared as BOS or EOS becomes it.
     """
     values = {}
-    for kind, added in zip(("bos", "eos"), _template_ids(tokenizer), strict=True):
+    for kind, added in zip(("bos", "eos"), _template_ids(tokenizer, f"{path}: post_processor"), strict=True):
         key = f"{kind}_token_id"
         if added and key not in special:
             values[f"tokenizer.ggml.{key}"] = U32(added[0])
@@ -133,7 +133,7 @@ def _token_values(vocabulary: Vocabulary) -> dict[str, GgufValue]:
     return values
 
 
-def _template_ids(tokenizer: Mapping[str, object]) -> tuple[list[int], list[int]]:
+def _template_ids(tokenizer: Mapping[str, object], where: str) -> tuple[list[int], list[int]]:
     """Return the token ids that the post-processor puts before and after a text."""
     for processor in _flat(tokenizer.get("post_processor"), "processors"):
         if processor.get("type") != "TemplateProcessing":
@@ -144,12 +144,23 @@ def _template_ids(tokenizer: Mapping[str, object]) -> tuple[list[int], list[int]
         sides: tuple[list[int], list[int]] = ([], [])
         side = 0
         for piece in single:
-            if "Sequence" in piece:
+            if isinstance(piece, Mapping) and "Sequence" in piece:
                 side = 1
             else:
-                sides[side].extend(special[piece["SpecialToken"]["id"]]["ids"])
+                sides[side].extend(_special_piece(piece, special, where))
         return sides
     return [], []
+
+
+def _special_piece(piece: object, special: Mapping[str, object], where: str) -> list[int]:
+    """Return the ids of a special token of a template."""
+    token = piece.get("SpecialToken") if isinstance(piece, Mapping) else None
+    name = token.get("id") if isinstance(token, Mapping) else None
+    entry = special.get(name) if isinstance(name, str) else None
+    ids = entry.get("ids") if isinstance(entry, Mapping) else None
+    if not isinstance(ids, list) or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise MalformedFile("a template without its tokens", where=where, got=repr(piece)[:80])
+    return ids
 
 
 def _flat(node: object, key: str) -> Iterator[Mapping[str, object]]:
@@ -192,13 +203,27 @@ def _adds_space_prefix(tokenizer: Mapping[str, object], path: Path) -> bool:
     return any(step.get("prepend_scheme", "always") != "never" for step in steps)
 
 
+def _named_templates(entries: object, where: Path) -> dict[str, str]:
+    """Read a list of ``{"name": ..., "template": ...}``."""
+    found = {}
+    for entry in entries if isinstance(entries, list) else []:
+        fields = entry if isinstance(entry, Mapping) else {}
+        name, template = fields.get("name"), fields.get("template")
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise MalformedFile(
+                "not a chat template", where=where, expected="a name and a template", got=repr(entry)[:80]
+            )
+        found[name] = template
+    return found
+
+
 def _template_values(directory: Path, config: Mapping[str, object]) -> dict[str, GgufValue]:
     """Return the chat templates: a file of their own, one string, or a list of named ones."""
     path = directory / "chat_template.jinja"
     template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(template, str):
         return {"tokenizer.chat_template": STR(template)}
-    named = {entry["name"]: entry["template"] for entry in template} if isinstance(template, list) else {}
+    named = _named_templates(template, directory / "tokenizer_config.json")
     values = {}
     if "default" in named:
         values["tokenizer.chat_template"] = STR(named.pop("default"))

@@ -17,6 +17,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from irq_export.export.gguf.special_tokens import added_tokens
 from irq_formats.errors import MalformedFile, UnsupportedModel
 
 __all__ = ["TokenType", "Vocabulary", "read_vocabulary"]
@@ -115,11 +116,10 @@ def _tokens(
     """Place every piece and added token at its id."""
     tokens: list[str | None] = [None] * vocab_size
     types = np.full(vocab_size, TokenType.NORMAL, np.int32)
-    added = tokenizer.get("added_tokens") or []
     entries = [(text, token_id, TokenType.NORMAL) for text, token_id in pieces.items()]
-    for token in added if isinstance(added, list) else []:
-        kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
-        entries.append((token["content"], token["id"], kind))
+    for token in added_tokens(tokenizer, where):
+        kind = TokenType.CONTROL if token.is_special else TokenType.USER_DEFINED
+        entries.append((token.text, token.token_id, kind))
     for text, token_id, kind in entries:
         if not 0 <= token_id < vocab_size:
             raise MalformedFile(
