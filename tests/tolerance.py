@@ -16,6 +16,7 @@ __all__ = [
     "MALFORMED_MEMORY_BYTES",
     "MALFORMED_SECONDS",
     "NF_IN_Q8_0_NMSE",
+    "NMSE_BITSANDBYTES",
     "NMSE_FAST_TINY",
     "NMSE_FLOAT32",
     "NMSE_FLOAT64",
@@ -95,7 +96,7 @@ NMSE_FAST_TINY = 1e-3
 LOGLIKELIHOOD_FLOAT64 = 2e-6
 LOGLIKELIHOOD_FLOAT32 = 5e-5
 
-#: Gradients of two processes against one, float32, relative to the largest of a tensor: the same products, summed
-#: over half the batch each and then added; 2^-24 per operation, sums of a few hundred tokens, four layers deep
-#: (each amplifies by its norm): a few 1e-6. A wrong weighting of the halves shows at 1e-1.
+#: Gradients of two processes against one, float32, relative to the largest of a tensor: the same products,
+#: summed over half the batch each and then added; 2^-24 per operation, sums of a few hundred tokens, four
+#: layers deep (each amplifies by its norm): a few 1e-6. A wrong weighting of the halves shows at 1e-1.
 DDP_GRADIENT = 1e-4
