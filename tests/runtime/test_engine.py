@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from malformed_corpus import CORPUS, Case, load_cases
+from model_cases import nmse
 from tiny_files import (
     BASE_HASH,
     block_tensors,
@@ -25,6 +26,7 @@ from tiny_files import (
 )
 from tiny_models import tiny_model, tiny_tokens
 from tolerance import NMSE_FAST_TINY, NMSE_FLOAT32
+from transformers import PreTrainedModel
 
 from irq_formats.adapter import LoraLayer, random_layer, tau_extra_rank
 from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
@@ -36,32 +38,6 @@ from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model
 from irq_runtime.sampling import SamplingParams, generate
 from tests.formats.test_irq_payload import CASES, Parts
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-
-MODELS = {
-    "llama": ("llama", {}),
-    "llama tied": ("llama", {"tied": True}),
-    "one kv head": ("llama", {"num_key_value_heads": 1}),
-    "head_dim 20": ("llama", {"head_dim": 20}),
-    "llama3 scaling": ("llama", {"rope_parameters": LLAMA3}),
-    "linear scaling": ("llama", {"rope_parameters": LINEAR}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-}
-
-
-def nmse(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.mean((got - expected) ** 2) / np.var(expected))
 
 
 def random_adapter(blocks: dict[str, BlockTensor], rank: int = 12) -> dict[str, LoraLayer]:
@@ -154,11 +130,8 @@ def q4_1(weight: np.ndarray) -> np.ndarray:
 
 
 class TestStock:
-    @pytest.mark.parametrize("name", MODELS)
-    def test_equals_the_reference(self, name: str, tmp_path: Path) -> None:
+    def test_equals_the_reference(self, model: PreTrainedModel, tmp_path: Path) -> None:
         """A prompt in two batches, then tokens one by one."""
-        family, options = MODELS[name]
-        model = tiny_model(family, **options)
         write_stock(tmp_path / "m.gguf", model)
         tokens = tiny_tokens(model, 140)[0].tolist()
         expected = load_model(tmp_path / "m.gguf").logits(tokens)

@@ -15,6 +15,7 @@ from irq_formats.errors import MalformedFile, UsageError, WrongBase
 from irq_formats.names import gguf_to_hf, hf_to_gguf
 from irq_runtime.reference import ReferenceModel, load_model
 from irq_runtime.weights import Weights, open_weights
+from tests.model_cases import nmse
 from tests.tiny_files import (
     BASE_HASH,
     block_tensors,
@@ -25,40 +26,6 @@ from tests.tiny_files import (
 )
 from tests.tiny_models import tiny_model, tiny_tokens
 from tests.tolerance import NMSE_FLOAT32, NMSE_FLOAT64, NMSE_SUM_ORDER
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-MODELS = {
-    "llama": ("llama", {}),
-    "llama tied": ("llama", {"tied": True}),
-    "one kv head": ("llama", {"num_key_value_heads": 1}),
-    "head_dim 64": ("llama", {"head_dim": 64}),
-    "llama3 scaling": ("llama", {"rope_parameters": LLAMA3}),
-    "linear scaling": (
-        "llama",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    ),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-}
-
-
-@pytest.fixture(params=MODELS, ids=MODELS.keys())
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    family, options = MODELS[request.param]
-    return tiny_model(family, attn_implementation="sdpa", **options)
-
-
-def nmse(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.mean((got - expected) ** 2) / np.var(expected))
 
 
 def torch_logits(model: PreTrainedModel, tokens: torch.Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -1,0 +1,39 @@
+"""Fixtures of the runtime's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from model_cases import MODELS
+from serving import client_of
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Every model of tests/model_cases.py in turn."""
+    family, options = request.param
+    return tiny_model(family, attn_implementation="sdpa", **options)
+
+
+@pytest.fixture(scope="session")
+def demo(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that ships in the package, in nf4."""
+    from irq_export.export.gguf import to_gguf
+    from irq_export.quantize_model import quantize
+
+    folder = tmp_path_factory.mktemp("serve")
+    quantize(repo / "irq_export" / "demo_model", folder / "checkpoint", codebook="nf4", refine="none")
+    to_gguf(folder / "checkpoint", folder / "demo.gguf", profile="irq")
+    return folder / "demo.gguf"
+
+
+@pytest.fixture(scope="module")
+def client(demo: Path) -> Iterator[httpx.Client]:
+    """A client of a server of the demo model."""
+    with client_of(demo) as client:
+        yield client

@@ -1,0 +1,154 @@
+"""What the HTTP server refuses, and that it stays up."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from irq_formats.errors import UsageError
+from irq_runtime.serve.options import ServeOptions
+from tests.serving import HEAVY, PROMPT, Json, client_of, events_of, is_idle, post, text_of, wait_until
+
+BAD_BODIES: dict[str, tuple[str | bytes, str]] = {
+    "not json": ("{", "not JSON"),
+    "not utf-8": (b'{"prompt": "\xff"}', ""),
+    "nothing": ("", "Field required"),
+    "a list": ("[]", "valid dictionary"),
+    "deep": ("[" * 100_000, ""),
+    "huge number": ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", ""),
+    "no prompt": ("{}", "prompt: Field required"),
+    "number": ('{"prompt": 1}', "prompt"),
+    "empty list": ('{"prompt": []}', "no prompt"),
+    "empty prompt": ('{"prompt": [[]]}', "prompt is empty"),
+    "unknown token": ('{"prompt": [1024]}', "no such token"),
+    "negative token": ('{"prompt": [-1]}', "no such token"),
+    "booleans": ('{"prompt": [true]}', "prompt"),
+    "half a character": ('{"prompt": "\\ud800"}', "surrogate"),
+    "half a name": ('{"prompt": "x", "model": "\\ud800"}', "surrogate"),
+    "nan": ('{"prompt": "x", "temperature": NaN}', "temperature"),
+    "temperature": ('{"prompt": "x", "temperature": -1}', "temperature"),
+    "top_p": ('{"prompt": "x", "top_p": 0}', "top_p"),
+    "penalty": ('{"prompt": "x", "repetition_penalty": 1e-300}', "repetition_penalty"),
+    "no tokens": ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
+    "copies": ('{"prompt": "x", "n": 1000}', "n: "),
+    "long stop": ('{"prompt": "x", "stop": "' + "x" * 300 + '"}', "stop"),
+    "tools": ('{"prompt": "x", "tools": [{}]}', "tools is not supported"),
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("name", BAD_BODIES)
+    def test_bad_bodies(self, client: httpx.Client, name: str) -> None:
+        body, message = BAD_BODIES[name]
+        headers = {"content-type": "application/json"}
+        reply = client.post("/v1/completions", content=body, headers=headers)
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+        assert error["type"] == "invalid_request_error"
+        assert message in error["message"]
+
+    @pytest.mark.parametrize(
+        "messages",
+        [[], [{}], [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}], "hello"],
+        ids=str,
+    )
+    def test_bad_messages(self, client: httpx.Client, messages: object) -> None:
+        reply = client.post("/v1/chat/completions", json={"messages": messages})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == "messages"
+
+    def test_other_paths_and_models(self, client: httpx.Client) -> None:
+        assert client.get("/v1/engines").json()["error"]["message"] == "Not Found"
+        assert client.get("/v1/completions").status_code == 405
+        reply = client.post("/v1/completions", json={"prompt": "x", "model": "gpt"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["demo"]
+        assert client.get("/v1/models/demo").json()["id"] == "demo"
+        assert client.get("/v1/models/other").status_code == 404
+
+    def test_requests_a_web_page_could_send(self, client: httpx.Client) -> None:
+        """A form's content type needs no preflight; a name pointed at this machine needs no CORS."""
+        for headers in ({"content-type": "text/plain"}, {}):
+            reply = client.post("/v1/completions", content='{"prompt": "x"}', headers=headers)
+            assert reply.status_code == 400
+        for host in ("localhost.evil.example", "127.0.0.1.evil.example:8000", "evil.example", "::1.evil", ""):
+            rebound = client.get("/v1/models", headers={"host": host})
+            assert (rebound.status_code, rebound.json()["error"]["code"]) == (403, "bad_host")
+        for host in ("localhost", "LOCALHOST:80", "127.0.0.2:8000", "[::1]:8000"):
+            assert client.get("/v1/models", headers={"host": host}).status_code == 200
+        origin = client.get("/v1/models", headers={"origin": "http://evil.example"})
+        assert "access-control-allow-origin" not in origin.headers
+
+    def test_size_of_the_body(self, demo: Path) -> None:
+        with client_of(demo, max_body=1000) as client:
+            large = json.dumps({"prompt": "x" * 1000}).encode()
+            for content in (large, iter([large[:600], large[600:]])):
+                headers = {"content-type": "application/json"}
+                reply = client.post("/v1/completions", content=content, headers=headers)
+                assert (reply.status_code, reply.json()["error"]["code"]) == (413, "body_too_large")
+
+    def test_a_body_that_never_comes(self, demo: Path) -> None:
+        def slow() -> Iterator[bytes]:
+            yield b"{"
+            time.sleep(1)
+
+        with client_of(demo, body_timeout_s=0.2) as client:
+            assert client.post("/v1/completions", content=slow()).status_code == 408
+
+    @pytest.mark.parametrize(("limit", "prompt"), [(None, [5] * 512), (20, [5] * 21)])
+    def test_length_of_the_prompt(self, demo: Path, limit: int | None, prompt: list[int]) -> None:
+        with client_of(demo, max_prompt=limit) as client:
+            reply = client.post("/v1/completions", json={"prompt": prompt})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (400, "context_length_exceeded")
+            assert post(client, prompt=prompt[1:], max_tokens=50)["usage"]["completion_tokens"] >= 1
+
+    def test_without_a_queue_one_after_the_other_is_served(self, demo: Path) -> None:
+        with client_of(demo, sequences=1, queue=0) as client:
+            for _ in range(50):
+                post(client, prompt=PROMPT, max_tokens=1)
+
+    def test_length_of_the_queue(self, demo: Path) -> None:
+        with client_of(demo, sequences=1, queue=15) as client:
+            body = {**HEAVY, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as reply:
+                lines = reply.iter_lines()
+                next(lines)
+                refused = client.post("/v1/completions", json={"prompt": PROMPT, "n": 2})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+            assert refused.headers["retry-after"] == "1"
+            wait_until(lambda: is_idle(client))
+            assert text_of(client, max_tokens=2)
+
+    def test_key(self, demo: Path) -> None:
+        with client_of(demo, api_key="secret") as client:
+            for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+                reply = client.get("/v1/models", headers=given)
+                assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+            assert client.get("/health").status_code == 200
+
+    def test_a_file_that_changes(self, demo: Path, tmp_path: Path) -> None:
+        """The requests under way fail, without telling paths; the server stays."""
+        copy = tmp_path / "m.gguf"
+        copy.write_bytes(demo.read_bytes())
+        with client_of(copy) as client:
+            assert text_of(client, max_tokens=2)
+            os.utime(copy, (0, 0))
+            reply = client.post("/v1/completions", json={"prompt": PROMPT})
+            assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+            assert str(tmp_path) not in reply.text
+            assert "error" in events_of(client, "completions", prompt=PROMPT)[-1]
+            wait_until(lambda: is_idle(client))
+
+    @pytest.mark.parametrize(
+        "options", [{"port": -1}, {"sequences": 0}, {"api_key": ""}, {"queue": -1}], ids=str
+    )
+    def test_bad_options(self, options: Json) -> None:
+        with pytest.raises(UsageError):
+            ServeOptions(**options)
