@@ -7,6 +7,8 @@ __all__ = [
     "FOLD_FLOAT32",
     "FOLD_FLOAT64",
     "FOLD_PEFT_LOGITS",
+    "HALF_ROUNDOFF",
+    "HALF_SMALLEST",
     "HEADER_SECONDS",
     "KERNEL_EXACT_NMSE",
     "KERNEL_FAST_NMSE",
@@ -100,3 +102,12 @@ LOGLIKELIHOOD_FLOAT32 = 5e-5
 #: summed over half the batch each and then added; 2^-24 per operation, sums of a few hundred tokens, four
 #: layers deep (each amplifies by its norm): a few 1e-6. A wrong weighting of the halves shows at 1e-1.
 DDP_GRADIENT = 1e-4
+
+#: Rounding a result to float16: half a unit in the last place, 2^-11 of its magnitude, or, where it is denormal,
+#: half of 2^-24.
+HALF_ROUNDOFF = 2.0**-11
+HALF_SMALLEST = 2.0**-25
+
+#: transformers' bitsandbytes forward with PEFT's adapter (torch, float32) against the exported file in the
+#: engine (float32): the weights are bit-equal, the order of sums differs: as NMSE_FLOAT32.
+NMSE_BITSANDBYTES = 1e-9

@@ -1,17 +1,20 @@
 #include "matmul_blocks.h"
 
 #include <algorithm>
-#include <cstring>
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <new>
 
 #include "halves.h"
+#include "tiled_gemm.h"
 
 namespace irq::onnx {
 namespace {
 
-constexpr std::size_t tokens_per_task = 8;
+constexpr std::size_t few_tokens = 8;  // up to here the row-wise kernels are faster
+constexpr std::size_t tokens_per_task = 2;
+constexpr std::size_t rows_per_panel_task = 64;
 constexpr std::size_t products_per_task = std::size_t{1} << 18;  // multiplications: some microseconds
 constexpr std::size_t flipped_bytes = std::size_t{1} << 16;      // INT8 codes that a task flips at a time
 
@@ -69,9 +72,19 @@ Matrix rows_of(const Matrix &w, std::size_t r0, std::size_t r1) {
 
 std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
-template <class T>
-std::unique_ptr<T[]> try_allocate(std::size_t count) {
-    return std::unique_ptr<T[]>(new (std::nothrow) T[count]);
+// INT8: the kernels read two's complement, so some rows at a time have their top bits flipped.
+bool multiply_flipped(const Matrix &w, const Activations &inputs, std::size_t r0, std::size_t r1, float *result) {
+    const std::size_t step = std::max<std::size_t>(1, flipped_bytes / w.columns);
+    const std::unique_ptr<std::uint8_t[]> flipped(new (std::nothrow) std::uint8_t[step * w.columns]);
+    if (flipped == nullptr) return false;
+    for (std::size_t r = r0; r < r1; r += step) {
+        Matrix part = rows_of(w, r, std::min(r + step, r1));
+        const auto *codes = static_cast<const std::uint8_t *>(part.data);
+        for (std::size_t i = 0; i < part.rows * w.columns; ++i) flipped[i] = codes[i] ^ 0x80u;
+        part.data = flipped.get();
+        gemm(part, inputs, 0, part.rows, result + r, w.rows);
+    }
+    return true;
 }
 
 }  // namespace
@@ -109,15 +122,16 @@ MatMulBlocks::MatMulBlocks(const Ort &ort, const OrtKernelInfo *info, irq_codebo
     is_checked_[input_codes] = true;
     for (const Input input : {input_scale, input_tau}) {
         if (!ort.constant_input(info, input, &tensor)) continue;
-        check_values(tensor, input == input_scale ? "scale" : "tau");
+        check_values(tensor, input);
         is_checked_[input] = true;
     }
 }
 
-void MatMulBlocks::check_values(const Tensor &tensor, const char *name) const {
+void MatMulBlocks::check_values(const Tensor &tensor, Input input) const {
+    if (input == input_tau && shape_.codebook == IRQ_INT8) refuse(shape_.codebook, "int8 blocks have no tau");
     const Shape expected = shape_of({shape_.rows, shape_.blocks_per_row()});
     if (tensor.type == type_ && tensor.shape == expected) return;
-    refuse(shape_.codebook, std::string(name) + " must be " + (is_half() ? "float16 " : "float ") +
+    refuse(shape_.codebook, std::string(input == input_scale ? "scale" : "tau") + " must be " + (is_half() ? "float16 " : "float ") +
                                 text_of(expected) + ", got " + text_of(tensor.shape));
 }
 
@@ -132,7 +146,7 @@ Matrix MatMulBlocks::weight(const OrtKernelContext *context) const {
             values.values = ort_.input_data(context, input);
         } else {
             const Tensor tensor = ort_.input(context, input);
-            check_values(tensor, input == input_scale ? "scale" : "tau");
+            check_values(tensor, input);
             values.values = tensor.data;
         }
         values.storage = is_half() ? Storage::f16 : Storage::f32;
@@ -141,12 +155,31 @@ Matrix MatMulBlocks::weight(const OrtKernelContext *context) const {
 }
 
 struct MatMulBlocks::Call {
+    const MatMulBlocks &op;
+    const OrtKernelContext *context;
     Matrix weight;
-    const void *a;       // (tokens, K) of type_
-    void *y;             // (tokens, N) of type_
-    float *result;       // (tokens, N): y itself, or floats on their way there
-    Activations *inputs;
-    mutable std::atomic<bool> out_of_memory{false};
+    std::size_t tokens;
+    const void *a;  // (tokens, K) of type_
+    void *y;        // (tokens, N) of type_
+    float *result;  // (tokens, N): y itself, or floats on their way there
+
+    // Calls range(begin, end) on the session's threads until [0, count) is covered.
+    template <class Range>
+    void share_out(std::size_t count, std::size_t per_task, const Range &range) const {
+        const std::size_t tasks = (count + per_task - 1) / per_task;
+        const auto task = [&](std::size_t i) { range(i * per_task, std::min(count, (i + 1) * per_task)); };
+        if (tasks == 1) return task(0);
+        op.ort_.parallel_for(context, tasks, task);
+    }
+
+    // Rows [r0, r1) of the result into y, where they are not yet.
+    void finish_rows(std::size_t r0, std::size_t r1) const {
+        if (result == y) return;
+        const std::size_t n = weight.rows;
+        for (std::size_t t = 0; t < tokens; ++t) {
+            to_halves(result + t * n + r0, r1 - r0, static_cast<std::uint16_t *>(y) + t * n + r0);
+        }
+    }
 };
 
 void MatMulBlocks::compute(OrtKernelContext *context) const {
@@ -162,70 +195,58 @@ void MatMulBlocks::compute(OrtKernelContext *context) const {
     void *y = ort_.output(context, 0, y_shape);
     if (tokens == 0) return;
 
-    Activations inputs(tokens, shape_.columns, Mode::exact);
-    if (!inputs.reshape(tokens, shape_.columns)) throw std::bad_alloc();
-    std::unique_ptr<float[]> floats(is_half() ? new float[tokens * shape_.rows] : nullptr);
-    Call call{weight(context), a.data, y, is_half() ? floats.get() : static_cast<float *>(y), &inputs};
-
-    const auto run = [&](std::size_t count, std::size_t per_task, auto &&range) {
-        const std::size_t tasks = (count + per_task - 1) / per_task;
-        const auto task = [&](std::size_t i) { range(i * per_task, std::min(count, (i + 1) * per_task)); };
-        if (tasks == 1) return task(0);
-        ort_.parallel_for(context, tasks, task);
-    };
-    const std::size_t rows_per_task = round_up(products_per_task / (shape_.columns * tokens) + 1, row_tile);
-    run(tokens, tokens_per_task, [&](std::size_t t0, std::size_t t1) { prepare(call, t0, t1); });
-    run(shape_.rows, rows_per_task, [&](std::size_t r0, std::size_t r1) { multiply(call, r0, r1); });
-    if (call.out_of_memory) throw std::bad_alloc();
+    const std::unique_ptr<float[]> floats(is_half() ? new float[tokens * shape_.rows] : nullptr);
+    float *const result = is_half() ? floats.get() : static_cast<float *>(y);
+    const Call call{*this, context, weight(context), tokens, a.data, y, result};
+    const TiledGemm *tiled = tiled_gemm_for(shape_);
+    if (tokens > few_tokens && tiled != nullptr) return multiply_many(call, *tiled);
+    multiply_few(call);
 }
 
-// Inputs [t0, t1) to float, into the kernels' order, and summed by blocks.
-void MatMulBlocks::prepare(const Call &call, std::size_t t0, std::size_t t1) const {
+// A decoded panel serves many tokens.
+void MatMulBlocks::multiply_many(const Call &call, const TiledGemm &gemm) const {
+    const std::unique_ptr<float[]> packed(new float[call.tokens * shape_.columns]);
+    call.share_out(gemm.tiles(call.tokens), 1, [&](std::size_t tile, std::size_t) {
+        gemm.pack(call.a, is_half(), call.tokens, shape_.columns, tile, packed.get());
+    });
+    call.share_out(shape_.rows, rows_per_panel_task, [&](std::size_t r0, std::size_t r1) {
+        gemm.multiply(call.weight, packed.get(), call.tokens, r0, r1, call.result, shape_.rows);
+        call.finish_rows(r0, r1);
+    });
+}
+
+// The kernels of irq/kernels.h, in whose order the elements are put first.
+void MatMulBlocks::multiply_few(const Call &call) const {
+    const std::size_t k = shape_.columns, n = shape_.rows;
+    Activations inputs(call.tokens, k, Mode::exact);
+    std::atomic<bool> out_of_memory{!inputs.reshape(call.tokens, k)};
+    const std::unique_ptr<float[]> scratch(new float[2 * k * call.tokens]);
+    call.share_out(call.tokens, tokens_per_task, [&](std::size_t t0, std::size_t t1) {
+        for (std::size_t t = t0; t < t1; ++t) inputs.prepare_token(t, ordered_input(call, t, scratch.get() + 2 * k * t));
+    });
+    const std::size_t rows_per_task = round_up(products_per_task / (k * call.tokens) + 1, row_tile);
+    call.share_out(n, rows_per_task, [&](std::size_t r0, std::size_t r1) {
+        if (shape_.codebook != IRQ_INT8) {
+            gemm(call.weight, inputs, r0, r1, call.result, n);
+        } else if (!multiply_flipped(call.weight, inputs, r0, r1, call.result)) {
+            out_of_memory = true;
+        }
+        call.finish_rows(r0, r1);
+    });
+    if (out_of_memory) throw std::bad_alloc();
+}
+
+// Token t as float, elements in the kernels' order: (K,), in A itself or in scratch (2 K).
+const float *MatMulBlocks::ordered_input(const Call &call, std::size_t t, float *scratch) const {
     const std::size_t k = shape_.columns;
-    const auto scratch = try_allocate<float>(2 * k);
-    if (scratch == nullptr) {
-        call.out_of_memory = true;
-        return;
+    const float *x = static_cast<const float *>(call.a) + t * k;
+    if (is_half()) {
+        dequantize_rows(stock_matrix(Format::f16, call.tokens, k, call.a), t, t + 1, scratch);
+        x = scratch;
     }
-    for (std::size_t t = t0; t < t1; ++t) {
-        const float *x = static_cast<const float *>(call.a) + t * k;
-        if (is_half()) {
-            const Matrix halves = stock_matrix(Format::f16, t1, k, call.a);
-            dequantize_rows(halves, t, t + 1, scratch.get());
-            x = scratch.get();
-        }
-        if (is_permuted(shape_)) {
-            permute(shape_, x, scratch.get() + k);
-            x = scratch.get() + k;
-        }
-        call.inputs->prepare_token(t, x);
-    }
-}
-
-// Rows [r0, r1) of W with all tokens.
-void MatMulBlocks::multiply(const Call &call, std::size_t r0, std::size_t r1) const {
-    const std::size_t tokens = call.inputs->tokens(), n = shape_.rows;
-    if (shape_.codebook != IRQ_INT8) {
-        gemm(call.weight, *call.inputs, r0, r1, call.result, n);
-    } else {
-        const std::size_t step = std::max<std::size_t>(1, flipped_bytes / shape_.columns);
-        const auto flipped = try_allocate<std::uint8_t>(step * shape_.columns);
-        if (flipped == nullptr) {
-            call.out_of_memory = true;
-            return;
-        }
-        for (std::size_t r = r0; r < r1; r += step) {
-            Matrix part = rows_of(call.weight, r, std::min(r + step, r1));
-            const auto *codes = static_cast<const std::uint8_t *>(part.data);
-            for (std::size_t i = 0; i < part.rows * shape_.columns; ++i) flipped[i] = codes[i] ^ 0x80u;
-            part.data = flipped.get();
-            gemm(part, *call.inputs, 0, part.rows, call.result + r, n);
-        }
-    }
-    if (!is_half()) return;
-    for (std::size_t t = 0; t < tokens; ++t) {
-        to_halves(call.result + t * n + r0, r1 - r0, static_cast<std::uint16_t *>(call.y) + t * n + r0);
-    }
+    if (!is_permuted(shape_)) return x;
+    permute(shape_, x, scratch + k);
+    return scratch + k;
 }
 
 }  // namespace irq::onnx

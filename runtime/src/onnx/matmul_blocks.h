@@ -5,12 +5,12 @@
 // makes up for it. INT8 has its sign bits flipped back a few rows at a time, in cache.
 #pragma once
 
-#include <atomic>
-
 #include "irq/kernels.h"
 #include "ort.h"
 
 namespace irq::onnx {
+
+struct TiledGemm;
 
 enum Input : std::size_t { input_a, input_codes, input_scale, input_tau, input_count };
 
@@ -28,11 +28,12 @@ class MatMulBlocks {
     struct Call;  // what one call shares between its threads
 
     Matrix weight(const OrtKernelContext *context) const;
-    void check_values(const Tensor &tensor, const char *name) const;
+    void check_values(const Tensor &tensor, Input input) const;
     bool is_half() const { return type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16; }
 
-    void prepare(const Call &call, std::size_t t0, std::size_t t1) const;
-    void multiply(const Call &call, std::size_t r0, std::size_t r1) const;
+    void multiply_few(const Call &call) const;
+    void multiply_many(const Call &call, const TiledGemm &gemm) const;
+    const float *ordered_input(const Call &call, std::size_t t, float *scratch) const;
 
     Ort ort_;
     ONNXTensorElementDataType type_;

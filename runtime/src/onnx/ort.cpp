@@ -33,6 +33,7 @@ using KernelContextGetInputCount = Entry<88, OrtStatus *(Context, std::size_t *)
 using KernelContextGetInput = Entry<90, OrtStatus *(Context, std::size_t, const OrtValue **)>;
 using KernelContextGetOutput =
     Entry<91, OrtStatus *(OrtKernelContext *, std::size_t, const std::int64_t *, std::size_t, OrtValue **)>;
+using ReleaseStatus = Entry<93, void(OrtStatus *)>;
 using ReleaseTensorTypeAndShapeInfo = Entry<99, void(TypeAndShape *)>;
 using KernelInfoGetConstantInput = Entry<249, OrtStatus *(Info, std::size_t, int *, const OrtValue **)>;
 using KernelContextParallelFor =
@@ -48,6 +49,13 @@ std::string text_of(const Shape &shape) {
 
 void Ort::check(OrtStatus *status) const {
     if (status != nullptr) throw OrtFailure(status);
+}
+
+// onnxruntime does not name the attribute.
+void Ort::check_attribute(OrtStatus *status, const char *name, const char *kind) const {
+    if (status == nullptr) return;
+    ReleaseStatus::of(api_)(status);
+    throw Refusal(ORT_INVALID_ARGUMENT, std::string("irq: attribute ") + name + " must be " + kind);
 }
 
 OrtStatus *Ort::create_status(OrtErrorCode code, const char *message) const {
@@ -70,13 +78,13 @@ void Ort::add_domain(OrtSessionOptions *options, OrtCustomOpDomain *domain) cons
 
 std::int64_t Ort::attribute_int(const OrtKernelInfo *info, const char *name) const {
     std::int64_t value = 0;
-    check(KernelInfoGetAttributeInt64::of(api_)(info, name, &value));
+    check_attribute(KernelInfoGetAttributeInt64::of(api_)(info, name, &value), name, "an integer");
     return value;
 }
 
 std::string Ort::attribute_string(const OrtKernelInfo *info, const char *name) const {
     std::size_t size = 0;  // with the final zero
-    check(KernelInfoGetAttributeString::of(api_)(info, name, nullptr, &size));
+    check_attribute(KernelInfoGetAttributeString::of(api_)(info, name, nullptr, &size), name, "a string");
     std::string value(size, '\0');
     check(KernelInfoGetAttributeString::of(api_)(info, name, value.data(), &size));
     value.resize(size == 0 ? 0 : size - 1);

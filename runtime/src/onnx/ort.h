@@ -73,6 +73,7 @@ class Ort {
     Tensor view(const OrtValue *value) const;
     void *data(const OrtValue *value) const;
     void check(OrtStatus *status) const;
+    void check_attribute(OrtStatus *status, const char *name, const char *kind) const;
 
     const OrtApi *api_;
 };
