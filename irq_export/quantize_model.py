@@ -21,7 +21,7 @@ from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.preflight import check_dir_target, check_room
 from irq_formats.safetensors_io import DTYPES, SafeTensors, TensorRef
 
-__all__ = ["QuantizeReport", "TensorReport", "quantize"]
+__all__ = ["QuantizeReport", "TensorReport", "companions", "quantize"]
 
 #: Called with tensors done, tensors in all, and the name of the one in work.
 Progress = Callable[[int, int, str], None]
@@ -178,7 +178,7 @@ def quantize(
             block, report = _quantize_one(tensor.module, tensor.spec, tensor.ref, plan.source, search, where)
             writer.add_block(tensor.module, block)
             reports.append(report)
-        for companion in _companions(plan.path):
+        for companion in companions(plan.path):
             writer.copy_file(companion)
         quantization = writer.finish(plan.config, spec=spec, skipped=plan.skipped, search=search.to_dict())
     return QuantizeReport(
@@ -209,8 +209,8 @@ def _preflight(plan: QuantizePlan, output: Path, overwrite: bool) -> None:
     check_room(output, plan.output_bytes + _MANIFEST_SLACK_BYTES)
 
 
-def _companions(path: Path) -> list[Path]:
-    """Tokenizer, chat template, generation settings, licence: files to copy."""
+def companions(path: Path) -> list[Path]:
+    """Return what is copied with a model: tokenizer, chat template, generation settings, licence."""
     found = {file for pattern in _COMPANIONS for file in path.glob(pattern)}
     return sorted(file for file in found if file.is_file() and file.suffix not in (".py", ".safetensors"))
 

@@ -59,7 +59,10 @@ def measure_task(
 
 
 def _right(
-    questions: Sequence[Question], likelihoods: np.ndarray[tuple[int, ...], np.dtype[np.float64]], *, per_character: bool
+    questions: Sequence[Question],
+    likelihoods: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    *,
+    per_character: bool,
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """1 where the most likely choice is the right one; of equal ones the first counts. float64 (n,)."""
     right, start = np.zeros(len(questions)), 0

@@ -1,10 +1,10 @@
 """Numbers with standard errors, alone and in pairs.
 
 A measure is a function of the mean of its samples. Its influence values, how much each sample moves the
-result, are what standard errors are made of: ``sqrt(sum(influence^2) / (n (n - 1)))`` is the usual error of a
-mean, the delta method for a perplexity, and a stratified one for a mean of subjects. Two models that answered the
-same questions differ with the error of the *differences* of their influence values, which is far smaller
-than that of either where they agree.
+result, are what standard errors are made of: ``sqrt(sum(influence^2) / (n (n - 1)))`` is the usual error of
+a mean, the delta method for a perplexity, and a stratified one for a mean of subjects. Two models that
+answered the same questions differ with the error of the *differences* of their influence values, which is
+far smaller than that of either where they agree.
 """
 
 from __future__ import annotations

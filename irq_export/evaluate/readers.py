@@ -2,7 +2,7 @@
 
 Besides the fields of the data sets on the Hugging Face hub, the instruction form is understood in which the
 commonsense benchmarks travel with LLM-Adapters (arXiv 2304.01933): question and options inside one
-``instruction``, the right one under ``answer``. It is taken apart again, so that both give the same questions.
+``instruction``, the right one under ``answer``. It is taken apart, so that both give the same questions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from typing import Any
 from irq_export.evaluate.questions import Question
 from irq_formats.errors import MalformedFile, UsageError
 
-__all__ = ["Row", "find_file", "hellaswag_text", "instruction_row", "read_questions", "read_rows", "read_text"]
+__all__ = [
+    "Row",
+    "find_file",
+    "hellaswag_text",
+    "instruction_row",
+    "read_questions",
+    "read_rows",
+    "read_text",
+]
 
 Row = Mapping[str, Any]
 

@@ -229,6 +229,10 @@ TASKS: dict[str, Callable[[Path], Task | TextTask]] = {
     ),
     "boolq": _load_boolq,
     "openbookqa": _from_rows(
-        "openbookqa", ("openbookqa/test.jsonl", "commonsense/openbookqa.test.json"), _openbookqa, "acc", "acc_norm"
+        "openbookqa",
+        ("openbookqa/test.jsonl", "commonsense/openbookqa.test.json"),
+        _openbookqa,
+        "acc",
+        "acc_norm",
     ),
 }

@@ -73,7 +73,9 @@ class TorchScorer:
         logits: Tensor = self._model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
         targets = self._tensor([token for c in continuations for token in c])
         owner = self._tensor([i for i, c in enumerate(continuations) for _ in c])
-        position = self._tensor([f + j for f, c in zip(first, continuations, strict=True) for j in range(len(c))])
+        position = self._tensor(
+            [f + j for f, c in zip(first, continuations, strict=True) for j in range(len(c))]
+        )
         chosen = logits[self._tensor(rows)[owner], position - (width - kept)]  # (tokens, vocab)
         chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
         logprobs = chosen.log_softmax(-1).gather(1, targets[:, None])[:, 0].double()
