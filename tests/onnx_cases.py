@@ -125,11 +125,7 @@ def model(weight: Weight, *, dynamic: tuple[str, ...] = (), **attributes: object
     right = {"codebook": weight.codebook, "block_size": weight.block_size, "K": k, "N": n}
     used = {name: value for name, value in {**right, **attributes}.items() if value is not None}
     node = helper.make_node(weight.op_type, ["A", *present], ["Y"], domain="irq", **used)
-    inputs = [helper.make_tensor_value_info("A", kind, None)]
-    for name in dynamic:
-        inputs.append(
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(values[name].dtype), None)
-        )
+    kinds = {"A": kind, **{name: helper.np_dtype_to_tensor_dtype(values[name].dtype) for name in dynamic}}
     graph = helper.make_graph(
         [node],
         "product",
