@@ -29,6 +29,8 @@ __all__ = [
     "decode_blocks",
     "effective_scale",
     "effective_tau",
+    "pack_codes",
+    "unpack_codes",
 ]
 
 
@@ -79,12 +81,29 @@ def _take(table: Tensor, index: Tensor) -> Tensor:
     return torch.index_select(table, 0, index.reshape(-1).int()).view(index.shape)
 
 
+def _pack_planes(codes: Tensor, bits: int) -> Tensor:
+    planes = codes.view(codes.shape[0], 8 // bits, -1).unbind(1)
+    packed = planes[0].clone()
+    for i, plane in enumerate(planes[1:], 1):
+        packed |= plane << (i * bits)
+    return packed
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes uint8 ``(blocks, block_size)`` to ``(blocks, bytes)`` as :mod:`irq_formats.packing` does."""
+    if bits != 3:
+        return _pack_planes(codes, bits)
+    place = 1 << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    high = ((codes >> 2).view(codes.shape[0], -1, 8) * place).sum(-1, dtype=torch.uint8)
+    return torch.cat([_pack_planes(codes & 3, 2), high], dim=1)
+
+
 def _unpack_planes(packed: Tensor, bits: int) -> Tensor:
     mask = 2**bits - 1
     return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=1)
 
 
-def _unpack(packed: Tensor, bits: int, block_size: int) -> Tensor:
+def unpack_codes(packed: Tensor, bits: int, block_size: int) -> Tensor:
     """Codes uint8 ``(blocks, block_size)`` in row order, of bytes ``(rows, in * bits / 8)``."""
     blocks = packed.reshape(-1, block_bytes(bits, block_size))
     if bits == 8:
@@ -131,7 +150,7 @@ def decode_blocks(codes: Tensor, scale: Tensor, tau: Tensor | None, codebook: st
     Returns:
         float32 ``(rows, in)``.
     """
-    weight = _take(_levels(codebook, codes.device), _unpack(codes, CODEBOOKS[codebook].bits, block_size))
+    weight = _take(_levels(codebook, codes.device), unpack_codes(codes, CODEBOOKS[codebook].bits, block_size))
     weight *= scale.reshape(-1, 1)
     if tau is not None:  # a second operation, never addcmul: the product is rounded first
         weight += tau.reshape(-1, 1)
@@ -196,18 +215,21 @@ class _BlockLinear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, *fields: Any
     ) -> Tensor:
-        y = F.linear(x, decode(Parts(*fields), x.dtype), bias)
-        hidden = None
-        if a is not None and b is not None:
-            hidden = x.reshape(-1, x.shape[-1]) @ a.T  # (tokens, r)
-            y.view(-1, y.shape[-1]).addmm_(hidden, b.T)
+        weight, hidden = decode(Parts(*fields), x.dtype), None
+        if a is None or b is None:
+            y = F.linear(x, weight, bias)
+        else:  # the large product is added to the small one, so that the sum is rounded once
+            rows = x.reshape(-1, x.shape[-1])
+            hidden = rows @ a.T  # (tokens, r)
+            branch = hidden @ b.T if bias is None else torch.addmm(bias, hidden, b.T)
+            y = branch.addmm_(rows, weight.T).view(*x.shape[:-1], -1)
         # the input is needed for the gradient of a alone: without a branch nothing of its size is kept
         ctx.save_for_backward(None if a is None else x, hidden, a, b, *fields[:6])
         ctx.formats = fields[6:]
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, a, b, *stored = ctx.saved_tensors
         wants_x, wants_bias, wants_a, wants_b = ctx.needs_input_grad[:4]
         rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
@@ -215,9 +237,8 @@ class _BlockLinear(torch.autograd.Function):
         if a is not None and (wants_x or wants_a):
             grad_hidden = rows @ b  # (tokens, r)
         if wants_x:
-            grad_x = rows @ decode(Parts(*stored, *ctx.formats), grad.dtype, after=grad)
-            if grad_hidden is not None:
-                grad_x = grad_x.addmm_(grad_hidden, a)
+            weight = decode(Parts(*stored, *ctx.formats), grad.dtype, after=grad)
+            grad_x = rows @ weight if grad_hidden is None else (grad_hidden @ a).addmm_(rows, weight)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
         if wants_bias:
             grad_bias = rows.sum(0)

@@ -55,8 +55,18 @@ class BlockModule(nn.Module):
 
     def parts(self) -> Parts:
         """The buffers, as the functions of :mod:`irq_export.block_linear` take them."""
-        stored = (self._buffers.get(name) for name in Parts._fields[:6])
-        return Parts(*stored, self.spec.codebook, self.spec.block_size, self.spec.scale_rounding)  # type: ignore[arg-type]
+        stored, spec = self._buffers, self.spec
+        return Parts(
+            self.get_buffer("codes"),
+            self.get_buffer("scale"),
+            stored.get("scale_absmax"),
+            stored.get("scale_offset"),
+            stored.get("tau"),
+            stored.get("tau_absmax"),
+            spec.codebook,
+            spec.block_size,
+            spec.scale_rounding,
+        )
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

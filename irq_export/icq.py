@@ -11,13 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from irq_export.block_linear import decode_blocks, pack_codes, unpack_codes
 from irq_export.icq_reference import check_spec, nested_scale, nested_tau, reference_blocks
-from irq_export.icq_search import ENTROPY_UNIT, SearchConfig, block_entropy, plain_entropy, search_blocks
+from irq_export.icq_search import (
+    ENTROPY_UNIT,
+    SearchConfig,
+    block_codes,
+    block_entropy,
+    plain_entropy,
+    search_blocks,
+)
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout, store_scales
 from irq_formats.errors import UnsupportedModel, UsageError
 
@@ -28,7 +38,18 @@ _MAX_WEIGHT = 2.0**125
 #: Default budget of temporaries, bytes: chunks that stay near a CPU's caches; a GPU is given more.
 _CPU_BUDGET, _CUDA_BUDGET = 1 << 25, 1 << 32
 #: Weights whose codes are chosen together, for the same reason.
-_MEASURED_ELEMENTS = 1 << 19
+_MEASURED_ELEMENTS, _CUDA_ELEMENTS = 1 << 19, 1 << 25
+F32 = NDArray[np.float32]
+U8 = NDArray[np.uint8]
+
+
+class _Finished(NamedTuple):
+    """Rows with their codes: packed ``(rows, bytes)``; entropy (fixed point), squared error, squared norm."""
+
+    packed: U8
+    entropy: int
+    error: float
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -204,16 +225,41 @@ def _finish(block: BlockTensor, read: Callable[[slice], Tensor], *, choose_codes
     Returns:
         Entropy of the codes in fixed point, summed over blocks; relative squared error.
     """
-    spec, codec = block.spec, block.spec.codec
-    packed, scale, tau = block.parts["codes"], block.scale(), block.tau()
+    on_gpu = read(slice(0, 1)).is_cuda
+    scale, tau, packed = block.scale(), block.tau(), block.parts["codes"].view(np.uint8)
     entropy, error, norm = 0, 0.0, 0.0
-    for rows in _row_slices(block.shape, _MEASURED_ELEMENTS):
-        weight = read(rows).float().cpu().numpy()
-        if choose_codes:
-            packed[rows] = codec.pack(codec.encode(weight, scale[rows], tau[rows]))
-        codes = codec.unpack(packed[rows].view(np.uint8))
-        entropy += block_entropy(torch.from_numpy(codes.reshape(-1, spec.block_size)), spec.codebook)
-        exact = weight.astype(np.float64)
-        error += float(np.square(exact - codec.decode(codes, scale[rows], tau[rows])).sum())
-        norm += float(np.square(exact).sum())
+    for rows in _row_slices(block.shape, _CUDA_ELEMENTS if on_gpu else _MEASURED_ELEMENTS):
+        weight, codes = read(rows).float(), None if choose_codes else packed[rows]
+        finish = _finish_in_torch if on_gpu else _finish_in_numpy
+        done = finish(weight, scale[rows], tau[rows], codes, block.spec)
+        packed[rows] = done.packed
+        entropy, error, norm = entropy + done.entropy, error + done.error, norm + done.norm
     return entropy, error / norm if norm else 0.0
+
+
+def _finish_in_numpy(weight: Tensor, scale: F32, tau: F32, packed: U8 | None, spec: BlockSpec) -> _Finished:
+    """Choose (unless given) and measure the codes of rows f32 (rows, in) on a CPU: the specification."""
+    codec, values = spec.codec, weight.numpy()
+    if packed is None:
+        packed = codec.pack(codec.encode(values, scale, tau))
+    codes = codec.unpack(packed)
+    exact = values.astype(np.float64)
+    error = np.square(exact - codec.decode(codes, scale, tau)).sum()
+    entropy = block_entropy(torch.from_numpy(codes.reshape(-1, spec.block_size)), spec.codebook)
+    return _Finished(packed, entropy, float(error), float(np.square(exact).sum()))
+
+
+def _finish_in_torch(weight: Tensor, scale: F32, tau: F32, packed: U8 | None, spec: BlockSpec) -> _Finished:
+    """The same on the device of the weights: equal codes and entropy, sums in another order."""
+    s, t = (torch.from_numpy(x).to(weight.device) for x in (scale, tau))
+    if packed is None:
+        blocks = weight.reshape(-1, spec.block_size)
+        codes = block_codes(blocks, s.view(-1), t.view(-1), spec.codebook)
+        stored = pack_codes(codes, spec.bits).view(len(weight), -1)
+    else:
+        stored = torch.from_numpy(packed).to(weight.device)
+        codes = unpack_codes(stored, spec.bits, spec.block_size)
+    exact = weight.double()
+    error = (exact - decode_blocks(stored, s, t, spec.codebook, spec.block_size)).square().sum()
+    entropy = block_entropy(codes, spec.codebook)
+    return _Finished(stored.cpu().numpy(), entropy, float(error), float(exact.square().sum()))

@@ -40,7 +40,15 @@ from irq_export import kernels
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.errors import UsageError
 
-__all__ = ["SIGMA", "SearchConfig", "block_entropy", "entropy_table", "plain_entropy", "search_blocks"]
+__all__ = [
+    "SIGMA",
+    "SearchConfig",
+    "block_codes",
+    "block_entropy",
+    "entropy_table",
+    "plain_entropy",
+    "search_blocks",
+]
 
 #: 1 / ppf(0.9677083), both in float32 as scipy evaluates them in the released code, inverted in float64.
 SIGMA = 0.5410872368978237
@@ -310,6 +318,11 @@ def plain_entropy(blocks: Tensor, codebook: str) -> int:
     book = _book(codebook, blocks.shape[1], blocks.device)
     scale, tau = _plain_pair(blocks, book)
     return int(_entropy(blocks.sort(dim=1).values, scale[:, None], tau[:, None], book).sum())
+
+
+def block_codes(blocks: Tensor, scale: Tensor, tau: Tensor, codebook: str) -> Tensor:
+    """Codes uint8 (n, B) of blocks f32 (n, B) at pairs f32 (n,): step 4, as the codec chooses them."""
+    return _codes(blocks, scale, tau, _book(codebook, blocks.shape[1], blocks.device)).to(torch.uint8)
 
 
 def block_entropy(codes: Tensor, codebook: str) -> int:

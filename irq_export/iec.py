@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from irq_export import kernels
 from irq_export.block_linear import block_linear, compute_dtype
 from irq_export.block_modules import IrqLinear
 from irq_formats.adapter import Adapter, LoraLayer, random_layer
@@ -56,14 +57,39 @@ class _ElasticWeight(torch.autograd.Function):
     """See :func:`elastic_weight`."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, beta: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, weight: Tensor, beta: Tensor, scaling: float, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.dtype, ctx.scaling = weight.dtype, scaling
+        value = _elastic_value(weight)
+        if _on_gpu(weight, beta, dtype):
+            from irq_export.kernels.elastic import elastic_weight as elastic_on_gpu
+
+            return elastic_on_gpu(weight, beta, value, scaling, dtype)
         total = weight.clone(memory_format=torch.contiguous_format)
-        _elastic_entries(total).add_(beta * _elastic_value(weight))
-        return total
+        _elastic_entries(total).add_(beta * value)
+        return (total * scaling).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return grad, _elastic_entries(grad).sum().view(1) * _elastic_value(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value = _elastic_value(grad) * ctx.scaling
+        if _on_gpu(grad, grad, ctx.dtype):
+            from irq_export.kernels.elastic import elastic_gradients
+
+            grad_weight, total = elastic_gradients(grad, ctx.scaling, ctx.dtype)
+        else:
+            wide = grad.to(ctx.dtype)
+            grad_weight, total = wide * ctx.scaling, _elastic_entries(wide).sum().view(1)
+        return grad_weight, total * value, None, None
+
+
+def _on_gpu(weight: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels serve; a compiler fuses the torch code itself."""
+    return (
+        torch.float64 not in (weight.dtype, beta.dtype, dtype)
+        and not torch.compiler.is_compiling()
+        and kernels.available(weight.device)
+    )
 
 
 def _elastic_entries(weight: Tensor) -> Tensor:
@@ -79,18 +105,23 @@ def _elastic_value(weight: Tensor) -> float:
     return gcd(rows, columns) / columns
 
 
-def elastic_weight(weight: Tensor, beta: Tensor) -> Tensor:
-    """Return the weight with which a plain product is ``add_elastic(F.linear(x, weight), x, beta)``.
+def elastic_weight(
+    weight: Tensor, beta: Tensor, *, scaling: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return ``scaling * (weight + beta * E)``: a product with it is a product with an elastic connection.
 
     Args:
         weight: (m, n).
         beta: (1,).
+        scaling: Multiplier of the result.
+        dtype: Of the result, which is rounded to it last; that of the weight if None.
 
     Returns:
-        (m, n): ``weight + beta * E``, where E (equation 16) maps x to the repeated means of its groups.
-        Differentiable in both; costs O(m n), whatever the number of tokens.
+        (m, n), with which ``F.linear(x, result)`` is ``scaling * add_elastic(F.linear(x, weight), x, beta)``:
+        E (equation 16) maps x to the repeated means of its groups. Differentiable in weight and beta; costs
+        O(m n), whatever the number of tokens.
     """
-    return _ElasticWeight.apply(weight, beta)  # type: ignore[no-untyped-call, no-any-return]
+    return _ElasticWeight.apply(weight, beta, scaling, dtype or weight.dtype)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def iec_linear(
@@ -123,17 +154,17 @@ def iec_linear(
         (..., out) in the dtype of ``base(x)``.
     """
     dtype = compute_dtype(x, lora_a.dtype)
-    b = scaling * elastic_weight(lora_b, beta2)
+    b = elastic_weight(lora_b, beta2, scaling=scaling, dtype=dtype)
     if _drops(dropout):
-        wide = x.to(lora_a.dtype)
+        wide = x.to(dtype)
         hidden = add_elastic(F.linear(cast("nn.Module", dropout)(wide), lora_a), wide, beta1)
         y: Tensor = base(x)
-        return y + F.linear(hidden, b.to(hidden.dtype)).to(y.dtype)
-    a = elastic_weight(lora_a, beta1)
+        return y + F.linear(hidden.to(dtype), b).to(y.dtype)
+    a = elastic_weight(lora_a, beta1, dtype=dtype)
     if isinstance(base, IrqLinear) and compute_dtype(x) == dtype:
         return block_linear(x, base.parts(), base.bias, a, b)
     y = base(x)
-    return y + F.linear(F.linear(x.to(lora_a.dtype), a), b).to(y.dtype)
+    return y + F.linear(F.linear(x.to(dtype), a), b).to(y.dtype)
 
 
 def _drops(dropout: nn.Module | None) -> bool:

@@ -50,29 +50,30 @@ def without_triton() -> Iterator[None]:
 # --- timing -------------------------------------------------------------------------------------------
 
 
-def once(run: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one run."""
+def once(run: Callable[[], object], device: torch.device, queued: int) -> float:
+    """Milliseconds of one run, of several in a row: between the steps of a training nothing waits either."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
+    run()  # the queue is not empty when the clock starts
     begin.record()
-    run()
+    for _ in range(queued):
+        run()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end) / queued
 
 
 def interleaved(
-    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device
+    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, queued: int = 3
 ) -> dict[str, dict[str, float]]:
     """Median and quartiles of each, milliseconds; in turn in every round, the first two rounds unmeasured."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 2):
         for name, run in runs.items():
-            elapsed = once(run, device)
+            elapsed = once(run, device, queued)
             if number >= 2:
                 times[name].append(elapsed)
     return {
@@ -83,11 +84,13 @@ def interleaved(
     }
 
 
-def peak(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes allocated at the peak of a run beyond what was allocated before."""
+def peak(run: Callable[[], object], model: nn.Module, device: torch.device) -> int:
+    """Bytes allocated at the peak of a step beyond the layers, their inputs and the gradients given."""
     if device.type != "cuda":
         return 0
     run()
+    for parameter in model.parameters():
+        parameter.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -132,12 +135,12 @@ def bench_search(size: int, rounds: int, device: torch.device) -> dict[str, dict
         "nf3, default": run("nf3", SearchConfig()),
         "nf2, default": run("nf2", SearchConfig()),
         "int4, default": run("int4", SearchConfig()),
-        "nf4, least squared error instead of entropy": run("nf4", SearchConfig(objective="mse")),
+        "nf4, objective mse": run("nf4", SearchConfig(objective="mse")),
     }
     table = interleaved(runs, rounds, device)
     with without_triton():
         table |= interleaved({"nf4, default, torch": run("nf4", SearchConfig())}, 3, device)
-    return table | interleaved({"released-style": lambda: released_search(blocks)}, 2, device)
+    return table | interleaved({"released-style": lambda: released_search(blocks)}, 2, device, 1)
 
 
 # --- the layer ----------------------------------------------------------------------------------------
@@ -215,11 +218,10 @@ def irqlora(layers: dict[str, tuple[int, int]], dtype: torch.dtype, device: torc
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of the parameters, buffers and quantisation states of a model."""
     tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
         if state is not None:
-            nested = [state.state2.absmax, state.offset] if state.nested else []
-            tensors += [t for t in (state.absmax, *nested) if isinstance(t, Tensor)]
+            tensors += [state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -276,7 +278,9 @@ def bench_layer(
     table = interleaved(runs, rounds, device) | interleaved(slow, max(2, rounds // 4), device)
     models = [plain, bnb, ours, bnb16, ours16, ours, released]
     for (name, run), model in zip((runs | slow).items(), models, strict=True):
-        table[name] |= {"peak_mb": peak(run, device) / 1e6, "stored_mb": stored_bytes(model) / 1e6}
+        table[name]["peak_mb"] = peak(run, model, device) / 1e6
+        if model is not released:
+            table[name]["stored_mb"] = stored_bytes(model) / 1e6
     return table
 
 
@@ -291,8 +295,8 @@ def bench_decode(hidden: int, inner: int, rounds: int, device: torch.device) -> 
     runs: dict[str, Callable[[], object]] = {
         "ours, with offsets": lambda: decode(base.parts(), torch.bfloat16),
         "bitsandbytes": lambda: dequantize_4bit(packed, state),
-        "floor: the same bytes copied": lambda: target.view(torch.uint8)[:, : hidden * 253 // 200].copy_(
-            weight.view(torch.uint8)[:, : hidden * 253 // 200]
+        "floor: a copy that moves the same bytes": lambda: target[: len(target) * 253 // 400].copy_(
+            weight[: len(target) * 253 // 400]
         ),
     }
     table = interleaved(runs, rounds, device)

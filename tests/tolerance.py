@@ -12,6 +12,8 @@ __all__ = [
     "HEADER_SECONDS",
     "KERNEL_EXACT_NMSE",
     "KERNEL_FAST_NMSE",
+    "LINEAR_BFLOAT16",
+    "LINEAR_FLOAT32",
     "LLAMACPP_FORCED_LOGPROB",
     "LOGLIKELIHOOD_FLOAT32",
     "LOGLIKELIHOOD_FLOAT64",
@@ -24,6 +26,8 @@ __all__ = [
     "NMSE_FLOAT64",
     "NMSE_SUM_ORDER",
     "SAMPLING_SIGMAS",
+    "SUM_ORDER_FLOAT32",
+    "SUM_ORDER_FLOAT64",
     "UNIT_ROUNDOFF",
 ]
 
@@ -111,3 +115,18 @@ HALF_SMALLEST = 2.0**-25
 #: transformers' bitsandbytes forward with PEFT's adapter (torch, float32) against the exported file in the
 #: engine (float32): the weights are bit-equal, the order of sums differs: as NMSE_FLOAT32.
 NMSE_BITSANDBYTES = 1e-9
+
+#: A layer and its gradients against another order of the same sums, or float64, relative to the norm: float32
+#: sums of n terms of random sign err by about sqrt(n) * u, sqrt(1e4) * 6e-8 = 6e-6, and seldom so much.
+LINEAR_FLOAT32 = 1e-5
+
+#: The same with operands and results in bfloat16: each rounds by 2^-9 / sqrt(3) = 1.1e-3 of its norm. Weight,
+#: input, branch matrices, hidden and result are six; a gradient passes them twice: sqrt(12) * 1.1e-3 = 4e-3. What
+#: is allowed for is that a gradient of a beta is one number, whose terms cancel: five times that.
+LINEAR_BFLOAT16 = 2e-2
+
+#: Two orders of one sum, relative to the sum of magnitudes: log2(n) * u in a tree, 20 * 6e-8 = 1.2e-6 at most
+#: for a million terms and the square root of that with random signs. In float64 likewise, with a thousandfold
+#: margin.
+SUM_ORDER_FLOAT32 = 1e-6
+SUM_ORDER_FLOAT64 = 1e-12

@@ -111,7 +111,7 @@ def decode(parts: Parts, dtype: torch.dtype) -> Tensor:
     levels, table = _tables(parts.codebook, parts.codes.device)
     count = parts.scale.numel()
     nested_scale, nested_tau = parts.scale_absmax is not None, parts.tau_absmax is not None
-    with torch.cuda.device(out.device):
+    with torch.cuda.device_of(out):
         _decode_kernel[(triton.cdiv(count, _BLOCKS),)](
             out,
             parts.codes,

@@ -213,7 +213,7 @@ def search(blocks: Tensor, codebook: str, config: SearchConfig, *, with_tau: boo
     scale, tau = blocks.new_empty(count), blocks.new_empty(count)
     if not count:
         return scale, tau
-    with torch.cuda.device(blocks.device):
+    with torch.cuda.device_of(blocks):
         _sort_kernel[(triton.cdiv(count, _SORTED_BLOCKS),)](
             ordered, blocks, count, SIZE=size, BLOCKS=_SORTED_BLOCKS, num_warps=4
         )

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import SUM_ORDER_FLOAT64
 
-from irq_export.icq import SearchConfig, quantize_tensor
+from irq_export.icq import SearchConfig, _finish_in_numpy, _finish_in_torch, quantize_tensor
 from irq_export.icq_search import SIGMA, search_blocks
 from irq_formats.blocks import BlockSpec, encode
 from irq_formats.codebooks import CODEBOOKS
@@ -442,3 +443,21 @@ def test_released_search_refuses_what_fp16_cannot_hold():
     weight[0, 0] = 1e5
     with pytest.raises(UnsupportedModel, match="fp16"):
         quantize_tensor(weight, RELEASED_NF4, SearchConfig.released())
+
+
+@pytest.mark.parametrize("size", [64, 32])
+@pytest.mark.parametrize("codebook", BOOKS)
+def test_codes_chosen_in_torch_are_those_of_the_codec(codebook, size):
+    """What a GPU does after the search, here on a CPU."""
+    spec = BlockSpec(codebook, size)
+    weight = awkward_blocks(size)
+    rng = np.random.default_rng(0)
+    scale = np.abs(weight).max(axis=1, keepdims=True) * f32(0.9)
+    tau = (rng.standard_normal(scale.shape) * 0.01).astype(f32)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        expected = _finish_in_numpy(torch.from_numpy(weight), scale, tau, None, spec)
+    for packed in (None, expected[0]):
+        found = _finish_in_torch(torch.from_numpy(weight), scale, tau, packed, spec)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1] == expected[1]
+        assert found[2:] == pytest.approx(expected[2:], rel=SUM_ORDER_FLOAT64)

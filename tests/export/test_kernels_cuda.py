@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from math import gcd
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from tiny_checkpoints import random_block_tensor
+from tolerance import LINEAR_BFLOAT16, LINEAR_FLOAT32, SUM_ORDER_FLOAT32, SUM_ORDER_FLOAT64
 
 from irq_export import kernels
 from irq_export.block_linear import _decode as decode
 from irq_export.block_linear import block_linear
 from irq_export.block_modules import IrqLinear
+from irq_export.icq import quantize_tensor
 from irq_export.icq_search import SearchConfig, _book, _refit, _search
+from irq_export.iec import elastic_weight
 from irq_formats.blocks import BlockSpec, BlockTensor
 
 if not torch.cuda.is_available():
-    pytest.skip("the Triton kernels are tested on CUDA only: there is none here", allow_module_level=True)
+    pytest.skip("the Triton kernels need CUDA, and there is none here", allow_module_level=True)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),  # torch, in the first backward pass
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning"),  # torch.compile
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # the same
+]
 
 CUDA = torch.device("cuda")
 #: name: what to search, and whether the file holds an offset
@@ -129,7 +141,7 @@ def test_linear_and_its_gradients(dtype: torch.dtype) -> None:
     wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
     exact = wide[0] @ module.dequantize().double().T + wide[0] @ wide[1].T @ wide[2].T
     exact.backward(target.double())
-    limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    limit = LINEAR_BFLOAT16 if dtype == torch.bfloat16 else LINEAR_FLOAT32
     for found, want in ((y, exact), *((t.grad, w.grad) for t, w in zip((x, a, b), wide, strict=True))):
         assert (found.double() - want).norm() <= limit * want.norm()
 
@@ -143,4 +155,38 @@ def test_compiled_layer_decodes_with_the_kernel() -> None:
     module(x).square().sum().backward()
     expected, x.grad = x.grad, None
     torch.compile(module, fullgraph=True)(x).square().sum().backward()
-    assert (x.grad - expected).norm() <= 1e-5 * expected.norm()
+    assert (x.grad - expected).norm() <= LINEAR_FLOAT32 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 4096), (11008, 64), (12, 128), (5, 7), (6, 6)])
+def test_elastic_weight_equals_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape, device=CUDA).requires_grad_()
+    beta = torch.tensor([0.7], device=CUDA).requires_grad_()
+    target = torch.randn(shape, device=CUDA).to(dtype)
+    results = []
+    for enabled in (True, False):
+        with mock.patch.object(kernels, "available", return_value=enabled):
+            total = elastic_weight(weight, beta, scaling=0.3, dtype=dtype)
+            results.append((total, *torch.autograd.grad(total, (weight, beta), target)))
+    (total, grad_weight, grad_beta), expected = results
+    assert torch.equal(total, expected[0])
+    assert torch.equal(grad_weight, expected[1])
+    magnitudes = target.float().abs().sum() * gcd(*shape) / shape[1]
+    assert (grad_beta - expected[2]).abs() <= SUM_ORDER_FLOAT32 * magnitudes
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "nf3", "nf2", "int4", "int3", "int2"])
+def test_quantising_on_cuda_equals_the_cpu(codebook: str) -> None:
+    weight = awkward_blocks(64, 960).reshape(-1, 128).clamp(-1e3, 1e3)
+    spec = BlockSpec(codebook)
+    on_gpu = quantize_tensor(weight.to(CUDA), spec)
+    search = lambda blocks, config, book: _search(blocks, config, book, 1 << 15)  # noqa: E731
+    with mock.patch("irq_export.icq_search._search_native", search):  # needs no compiled module
+        on_cpu = quantize_tensor(weight, spec)
+    for name, part in on_cpu.block.parts.items():
+        np.testing.assert_array_equal(on_gpu.block.parts[name], part, err_msg=name)
+    assert on_gpu.entropy_after == on_cpu.entropy_after
+    assert on_gpu.entropy_before == on_cpu.entropy_before
+    assert on_gpu.rel_mse == pytest.approx(on_cpu.rel_mse, rel=SUM_ORDER_FLOAT64)

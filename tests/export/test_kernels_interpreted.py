@@ -1,0 +1,53 @@
+"""The Triton kernels in Triton's interpreter, on a CPU: their logic, not their compiled code."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import torch
+from test_icq import awkward_blocks
+from tiny_checkpoints import random_block_tensor
+from irq_export.block_linear import _decode
+from irq_export.block_modules import IrqLinear
+from irq_export.icq_search import SearchConfig, search_blocks
+from irq_export.iec import elastic_weight
+from irq_export.kernels import decode, elastic, icq
+from irq_formats.blocks import BlockSpec
+
+searches = [SearchConfig(tau_steps=20), SearchConfig(tau_steps=20, tie="first", refine="none"),
+            SearchConfig(tau_steps=3, objective="mse")]
+for codebook in ("nf4", "nf3", "nf2", "int4", "int3", "int2"):
+    for size in (64, 32):
+        blocks = torch.from_numpy(awkward_blocks(size)[::3].copy())
+        for config in searches:
+            found = icq.search(blocks, codebook, config, with_tau=True)
+            expected = search_blocks(blocks, codebook, config, with_tau=True)
+            assert all(map(torch.equal, found, expected)), (codebook, size, config)
+        for storage in (("dq8", "dq8"), ("f16", "none")):
+            spec = BlockSpec(codebook, size, *storage)
+            module = IrqLinear(spec, 192, 37)
+            module.load_block(random_block_tensor(spec, (37, 192)))
+            parts = module.parts()
+            assert torch.equal(decode.decode(parts, torch.float32), _decode(parts, torch.float32)), spec
+for shape in ((12, 128), (5, 7), (64, 8)):
+    weight, beta = torch.randn(shape), torch.tensor([0.7])
+    found = elastic.elastic_weight(weight, beta, __import__("math").gcd(*shape) / shape[1], 0.3, torch.float32)
+    assert torch.equal(found, elastic_weight(weight, beta, scaling=0.3)), shape
+"""
+
+
+@pytest.mark.slow  # minutes: the interpreter runs every operation of every program in Python
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_interpreted_kernels_equal_torch(repo: Path) -> None:
+    path = os.pathsep.join([*(str(repo / d) for d in ("tests", "tests/export")), *filter(None, sys.path)])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    run = [sys.executable, "-W", "ignore", "-c", SCRIPT]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
