@@ -121,8 +121,8 @@ NMSE_BITSANDBYTES = 1e-9
 LINEAR_FLOAT32 = 1e-5
 
 #: The same with operands and results in bfloat16: each rounds by 2^-9 / sqrt(3) = 1.1e-3 of its norm. Weight,
-#: input, branch matrices, hidden and result are six; a gradient passes them twice: sqrt(12) * 1.1e-3 = 4e-3. What
-#: is allowed for is that a gradient of a beta is one number, whose terms cancel: five times that.
+#: input, branch matrices, hidden and result are six; a gradient passes them twice: sqrt(12) * 1.1e-3 = 4e-3.
+#: What is allowed for is that a gradient of a beta is one number, whose terms cancel: five times that.
 LINEAR_BFLOAT16 = 2e-2
 
 #: Two orders of one sum, relative to the sum of magnitudes: log2(n) * u in a tree, 20 * 6e-8 = 1.2e-6 at most
