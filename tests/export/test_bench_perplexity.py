@@ -20,7 +20,7 @@ from irq_formats.gguf import BOOL, STR, U32
 from irq_formats.gguf.reader import open_gguf
 from irq_runtime.bench import bench
 from irq_runtime.tokenizer import load_tokenizer
-from tests.tiny_files import write_stock
+from tests.tiny_files import write_stock, write_stock_adapter
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play in the park. " * 20
 CONTEXT = 64
@@ -98,6 +98,33 @@ def test_bench(folder: Path) -> None:
     assert generated.bandwidth_share is not None
     assert report.bandwidth > 1e8
     assert "tg8" in report.to_text()
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a stock pair: the same base, and an adapter that changes it."""
+    work = tmp_path_factory.mktemp("pair")
+    (work / "base.gguf").write_bytes((folder / "m.gguf").read_bytes())
+    rng = np.random.default_rng(0)
+    out, inner = model.model.layers[0].mlp.down_proj.weight.shape
+    lora = [(rng.standard_normal(shape) * 0.05).astype(np.float32) for shape in ((2, inner), (out, 2))]
+    write_stock_adapter(work / "adapter.gguf", "llama", {"blk.0.ffn_down": tuple(lora)}, 0.0)
+    return work
+
+
+def test_a_pair_is_named_by_its_directory(folder: Path, pair: Path) -> None:
+    options = {"text": folder / "text.txt", "context": CONTEXT, "windows": 1}
+    whole = perplexity(model=pair, **options).perplexity
+    assert whole == perplexity(model=pair / "base.gguf", adapter=pair / "adapter.gguf", **options).perplexity
+    assert whole != perplexity(model=pair / "base.gguf", **options).perplexity
+    with pytest.raises(UsageError, match="adapter of its own"):
+        perplexity(model=pair, adapter=pair / "adapter.gguf", **options)
+    sizes = {"prompt": (4,), "generate": (2,), "repetitions": 1, "threads": 1}
+    cost, base_cost = (bench(model=m, **sizes).rows[1].bytes_per_token for m in (pair, pair / "base.gguf"))
+    assert cost > base_cost  # the adapter is read too
+    result = CliRunner().invoke(main, ["bench", str(pair), "-p", "4", "-n", "2", "-r", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(main, ["bench", str(folder)]).exit_code == 3  # a directory, but no pair
 
 
 def test_command_lines(folder: Path) -> None:
