@@ -173,6 +173,13 @@ class IrqTiedHead(nn.Module):
         self._embedding = (embedding,)  # a tuple, so that the embedding is not registered twice
         self.in_features = embedding.embedding_dim
         self.out_features = embedding.num_embeddings
+        self.bias = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded matrix, for losses that multiply by it themselves (TRL)."""
+        embedding = self._embedding[0]
+        return embedding.dequantize(embedding.get_buffer("compute").dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map hidden states ``(..., embedding_dim)`` to logits ``(..., num_embeddings)``."""

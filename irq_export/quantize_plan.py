@@ -17,12 +17,13 @@ from irq_formats.model import ModelConfig
 from irq_formats.names import linear_names
 from irq_formats.safetensors_io import SafeTensors, TensorRef, open_sharded
 
-__all__ = ["INT8", "QuantizePlan", "TensorPlan", "plan_quantization"]
+__all__ = ["EMBEDDING", "HEAD", "INT8", "QuantizePlan", "TensorPlan", "choose_linears", "plan_quantization"]
 
 #: Storage of quantised embeddings and heads: Q8_0.
 INT8 = BlockSpec("int8", 32, scale="f16", tau="none")
 
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+#: Hugging Face names of the embedding and of the output head.
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,10 @@ def plan_quantization(
     model = ModelConfig.from_hf(config)
     source = open_sharded(path)
     refs, skipped = _match(model, source, path)
-    chosen = _choose_linears(linear_names(model), include, exclude, skipped)
+    chosen = choose_linears(linear_names(model), include, exclude, skipped)
     specs = dict.fromkeys(chosen, spec)
     if embedding == "int8":
-        specs |= {_EMBEDDING: INT8, _HEAD: INT8}
+        specs |= {EMBEDDING: INT8, HEAD: INT8}
     tensors = []
     for ref in refs:
         wanted = specs.get(ref.name.removesuffix(".weight")) if ref.name.endswith(".weight") else None
@@ -168,9 +169,9 @@ def _reason_to_drop(name: str, model: ModelConfig, source: SafeTensors, path: Pa
     """Why a tensor that the model does not need may be left out; an error where it may not."""
     if name.endswith("rotary_emb.inv_freq"):
         return "left out: computed from rope_theta"
-    if name == f"{_HEAD}.weight" and model.tie_word_embeddings:
-        if np.array_equal(source.read(name), source.read(f"{_EMBEDDING}.weight")):
-            return f"left out: tied to {_EMBEDDING}.weight"
+    if name == f"{HEAD}.weight" and model.tie_word_embeddings:
+        if np.array_equal(source.read(name), source.read(f"{EMBEDDING}.weight")):
+            return f"left out: tied to {EMBEDDING}.weight"
         raise UnsupportedModel(
             "differs from the embedding it is tied to",
             where=f"{path}: {name}",
@@ -179,10 +180,20 @@ def _reason_to_drop(name: str, model: ModelConfig, source: SafeTensors, path: Pa
     raise UnsupportedModel("a tensor that the model does not have", where=f"{path}: {name}")
 
 
-def _choose_linears(
+def choose_linears(
     names: Iterable[str], include: Sequence[str], exclude: Sequence[str], skipped: dict[str, str]
 ) -> list[str]:
-    """Return the linears to quantise; the others go to ``skipped`` with the reason."""
+    """Return the linears to quantise; the others go to ``skipped`` with the reason.
+
+    Args:
+        names: Module names of all linear layers.
+        include: Shell patterns; where given, only names that match one are chosen.
+        exclude: Shell patterns of names that are not chosen.
+        skipped: Receives tensor name and reason.
+
+    Raises:
+        UsageError: A pattern matches no name.
+    """
     names = list(names)
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in names):

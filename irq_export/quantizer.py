@@ -1,8 +1,9 @@
-"""The transformers quantizer ``ir-qlora``: a checkpoint opens with ``AutoModelForCausalLM.from_pretrained``.
+"""The transformers quantizer ``ir-qlora``: models open with ``AutoModelForCausalLM.from_pretrained``.
 
 Importing this module registers it; :func:`load_model` imports it for you and checks the checkpoint first.
-The linear layers become :class:`~irq_export.block_modules.IrqLinear` before the weights are loaded, so the
-parts go from the file into the model as they are.
+A checkpoint's linear layers become :class:`~irq_export.block_modules.IrqLinear` before the weights are
+loaded, so the parts go from the file into the model as they are. A floating-point model, opened with
+``quantization_config=IrqConfig(...)``, is quantised once it is loaded (:mod:`irq_export.quantize_loaded`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +24,71 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from irq_export.block_modules import BlockModule, IrqEmbedding, IrqLinear, IrqTiedHead
+from irq_export.icq import SearchConfig, check_settings
+from irq_export.quantize_loaded import block_layer, quantize_loaded
+from irq_export.quantize_plan import EMBEDDING, HEAD
 from irq_formats.blocks import BlockSpec
 from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.quantization import QUANT_METHOD, Quantization
 
 __all__ = ["IrqConfig", "IrqQuantizer", "load_model"]
 
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _logger = logging.getLogger(__name__)
 
 
 @register_quantization_config(QUANT_METHOD)
 class IrqConfig(QuantizationConfigMixin):
-    """``quantization_config`` of an IR-QLoRA checkpoint, as transformers wants it.
+    """``quantization_config`` of transformers: what a checkpoint says about itself, or a wish.
 
     Args:
-        **values: The JSON object (spec/irq-checkpoint.md, section 3).
+        **values: The JSON object of a checkpoint (spec/irq-checkpoint.md, section 3); or, for a model in
+            floating point, any of the settings of ``irq-export quantize``: ``codebook``, ``block_size``,
+            ``scale``, ``tau``, ``scale_rounding``, ``icq``, ``objective``, ``tie``, ``refine``, ``numerics``,
+            ``embedding``, ``include``, ``exclude``.
 
     Raises:
-        MalformedFile: It breaks the specification.
+        MalformedFile: The object of a checkpoint breaks the specification.
         UnsupportedModel: It is of another version.
+        UsageError: Settings that are unknown or contradict each other.
     """
 
     def __init__(self, **values: Any) -> None:
-        Quantization.from_dict(values, where="config.json")
+        self.quant_method: Any = QUANT_METHOD
+        if "base_hash" in values:
+            Quantization.from_dict(values, where="config.json")
+        else:
+            values.pop("quant_method", None)
+            _wish(values)
         self.__dict__.update(copy.deepcopy(values))
+
+    @property
+    def is_wish(self) -> bool:
+        """Whether it asks for a quantisation instead of describing one."""
+        return "base_hash" not in self.__dict__
+
+
+_SPEC_KEYS = tuple(field.name for field in fields(BlockSpec))
+_SEARCH_KEYS = ("icq", "objective", "tie", "refine", "numerics")
+_CHOICE_KEYS = ("embedding", "include", "exclude")
+
+
+def _wish(values: dict[str, Any]) -> tuple[BlockSpec, SearchConfig, dict[str, Any]]:
+    """Read the settings of a wish; return storage, search, and which layers."""
+    known = (*_SPEC_KEYS, *_SEARCH_KEYS, *_CHOICE_KEYS)
+    if unknown := values.keys() - set(known):
+        raise UsageError("unknown settings of IrqConfig", expected=", ".join(known), got=sorted(unknown))
+    spec = BlockSpec(**{key: values[key] for key in _SPEC_KEYS if key in values})
+    search = SearchConfig(**{key: values[key] for key in _SEARCH_KEYS if key in values})
+    check_settings(spec, search)
+    return spec, search, {key: values[key] for key in _CHOICE_KEYS if key in values}
 
 
 @register_quantizer(QUANT_METHOD)
 class IrqQuantizer(HfQuantizer):
-    """Puts the block modules in place before transformers loads the weights."""
+    """Puts the block modules in place: before the weights are loaded, or from weights in floating point."""
 
-    requires_calibration = True  # transformers' word for: does not quantise while loading
+    requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Replace every quantised layer of the (still empty) model.
@@ -62,6 +96,10 @@ class IrqQuantizer(HfQuantizer):
         Raises:
             UnsupportedModel: The model class is not the causal language model of the checkpoint.
         """
+        if self.quantization_config.is_wish:
+            if self.pre_quantized:
+                raise UsageError("the checkpoint has no quantization_config of its own")
+            return
         quantization = Quantization.from_dict(self.quantization_config.to_dict(), where="config.json")
         for name, spec in quantization.modules.items():
             try:
@@ -71,21 +109,32 @@ class IrqQuantizer(HfQuantizer):
                     f"{type(model).__name__} has no {name}",
                     hint="Open the checkpoint with AutoModelForCausalLM",
                 ) from error
-            model.set_submodule(name, _block_layer(layer, spec, name))
-        embedding = model.get_submodule(_EMBEDDING)
-        if isinstance(embedding, IrqEmbedding) and model.config.tie_word_embeddings:
-            model.set_submodule(_HEAD, IrqTiedHead(embedding))
-            model._tied_weights_keys = None  # type: ignore[assignment]  # no two parameters are left to tie
-            model.all_tied_weights_keys = {}
+            model.set_submodule(name, block_layer(layer, spec, name))
+        _tie_head(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        """Quantise what came in floating point, and tell every layer which base it belongs to."""
+        if self.quantization_config.is_wish:
+            values = self.quantization_config.to_dict()
+            del values["quant_method"]
+            spec, search, choice = _wish(values)
+            quantization = quantize_loaded(model, spec, search, **choice)
+            _tie_head(model)
+            self.quantization_config = IrqConfig(**quantization.to_dict())
+            model.config.quantization_config = self.quantization_config
+        for module in model.modules():
+            if isinstance(module, BlockModule):
+                module.base_hash = self.quantization_config.base_hash
+        return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Replace the block modules by plain layers with the decoded weights (``model.dequantize()``)."""
-        tied = isinstance(model.get_submodule(_HEAD), IrqTiedHead)
+        tied = isinstance(model.get_submodule(HEAD), IrqTiedHead)
         for name, module in list(model.named_modules()):
             if isinstance(module, BlockModule):
                 model.set_submodule(name, _plain_layer(module, dtype))
         if tied:
-            model.set_submodule(_HEAD, _linear(model.get_submodule(_EMBEDDING).get_parameter("weight")))
+            model.set_submodule(HEAD, _linear(model.get_submodule(EMBEDDING).get_parameter("weight")))
             del model._tied_weights_keys  # the class attribute counts again
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys()
         return model
@@ -93,8 +142,8 @@ class IrqQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """``save_pretrained`` would write no manifest: the checkpoint directory itself is the model."""
         _logger.warning(
-            "An IR-QLoRA model is not saved with save_pretrained: copy its checkpoint directory, and save "
-            "the adapter alone (irq_formats.peft_adapter.write_peft_adapter)."
+            "An IR-QLoRA model is not saved with save_pretrained: copy its checkpoint directory, or write "
+            "one (irq_export.quantize_loaded.save_checkpoint), and save the adapter alone."
         )
         return False
 
@@ -104,15 +153,13 @@ class IrqQuantizer(HfQuantizer):
         return True
 
 
-def _block_layer(layer: nn.Module, spec: BlockSpec, name: str) -> BlockModule:
-    """Return the (empty) block module that stands in for a layer."""
-    if isinstance(layer, nn.Linear):
-        return IrqLinear(spec, layer.in_features, layer.out_features, bias=layer.bias is not None)
-    if isinstance(layer, nn.Embedding):
-        return IrqEmbedding(spec, layer.num_embeddings, layer.embedding_dim)
-    raise UnsupportedModel(
-        "cannot be quantised", where=name, expected="Linear | Embedding", got=type(layer).__name__
-    )
+def _tie_head(model: PreTrainedModel) -> None:
+    """Let the head of a tied model compute with the quantised embedding."""
+    embedding = model.get_submodule(EMBEDDING)
+    if isinstance(embedding, IrqEmbedding) and model.config.tie_word_embeddings:
+        model.set_submodule(HEAD, IrqTiedHead(embedding))
+        model._tied_weights_keys = None  # type: ignore[assignment]  # no two parameters are left to tie
+        model.all_tied_weights_keys = {}
 
 
 def _plain_layer(module: BlockModule, dtype: torch.dtype | None) -> nn.Module:

@@ -26,11 +26,19 @@ from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.peft_config import PLAIN_LORA_HINT, LoraConfig, read_lora_config
 from irq_formats.safetensors_io import SafeTensors, open_safetensors, write_safetensors
 
-__all__ = ["BASE_HASH_KEY", "CONFIG_NAME", "WEIGHTS_NAME", "read_peft_adapter", "write_peft_adapter"]
+__all__ = [
+    "BASE_HASH_KEY",
+    "CONFIG_BASE_HASH_KEY",
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "read_peft_adapter",
+    "write_peft_adapter",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_HASH_KEY = "irq.base_hash"
+CONFIG_BASE_HASH_KEY = "irq_base_hash"
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -77,7 +85,23 @@ def read_peft_adapter(directory: str | Path) -> Adapter:
         key: config.raw.get(key) for key in ("base_model_name_or_path", "task_type", "lora_dropout")
     }
     meta["beta_keys"] = _beta_style(parts)
-    return Adapter(layers, tensors.metadata.get(BASE_HASH_KEY), meta)
+    return Adapter(layers, _read_base_hash(tensors, config, folder), meta)
+
+
+def _read_base_hash(tensors: SafeTensors, config: LoraConfig, folder: Path) -> str | None:
+    """Return the base hash from the metadata of the weights, or from the configuration (as PEFT saves it)."""
+    in_weights = tensors.metadata.get(BASE_HASH_KEY)
+    in_config = config.raw.get(CONFIG_BASE_HASH_KEY)
+    if in_config is None:
+        return in_weights
+    if not isinstance(in_config, str) or in_weights not in (None, in_config):
+        raise MalformedFile(
+            "the two files of the adapter name different bases",
+            where=folder,
+            expected=in_weights or "a base hash",
+            got=in_config,
+        )
+    return in_config
 
 
 def _refuse_missing_weights(folder: Path) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from tiny_checkpoints import write_tiny_checkpoint
 from tiny_models import tiny_model, tiny_tokens
@@ -80,8 +81,11 @@ def test_folded_adapter_in_stock_peft(tmp_path: Path, tied: bool, rank: int):
     assert relative(plain, want) > 0.01  # the adapter does something
 
 
-def test_stock_peft_drops_the_betas_of_an_unfolded_adapter(tmp_path: Path):
+def test_stock_peft_drops_the_betas_of_an_unfolded_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """The trap that fold-adapter is for: PEFT loads the file, without its betas. Ours at least warns."""
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.LORA, LoraConfig)  # no peft_iec
     model = tiny_model()
     tokens = tiny_tokens(model)
     adapter = random_adapter(model, seed=1)

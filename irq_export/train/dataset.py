@@ -1,0 +1,190 @@
+"""Training sets in memory: loading, cutting, packing, batching, order.
+
+The order of an epoch is a function of the seed and its number alone, so that an interrupted run continues
+with the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from irq_export.train.config import TrainConfig
+from irq_export.train.data_formats import load_conversations
+from irq_export.train.prompts import IGNORED, Example, choose_prompt, encode
+from irq_formats.errors import MalformedFile
+
+__all__ = ["Collator", "EpochOrder", "Row", "Rows", "load_rows", "pack"]
+
+#: Batches whose examples are sorted together: long enough to pair like lengths, short enough to stay random.
+_BATCHES_SORTED = 50
+_PAD_MULTIPLE = 8
+
+#: One row of a batch: one example, or several packed ones.
+Row = tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Rows(Dataset[Row]):
+    """A training set.
+
+    Attributes:
+        rows: Its rows.
+        notes: What was read, and how, for people.
+    """
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every row."""
+        return [sum(len(example.ids) for example in row) for row in self.rows]
+
+    def digest(self) -> str:
+        """SHA-256 of all ids and labels, in order."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for example in row:
+                digest.update(np.int64(len(example.ids)).tobytes())
+                digest.update(example.ids.tobytes() + example.labels.tobytes())
+        return digest.hexdigest()
+
+
+def load_rows(sources: Sequence[str], tokenizer: Any, config: TrainConfig) -> Rows:
+    """Read, tokenise, cut and pack training data.
+
+    Raises:
+        UsageError: A source or its format is not clear, or the model lacks what the data needs.
+        MalformedFile: A source does not parse, or no example has anything to learn.
+    """
+    examples: list[Example] = []
+    notes = []
+    for source in sources:
+        data_format, conversations = load_conversations(source, config.data_format)
+        prompt = choose_prompt(tokenizer, data_format, config.prompt)
+        encoded = [encode(tokenizer, messages, prompt) for messages in conversations]
+        long = sum(len(example.ids) > config.max_length for example in encoded)
+        kept = [cut for cut in (example.cut(config.max_length) for example in encoded) if cut.targets]
+        notes.append(
+            f"{source}: {data_format}, prompt {prompt}, {len(kept):,} examples"
+            + (f", {long:,} cut to {config.max_length} tokens" if long else "")
+            + (
+                f", {len(encoded) - len(kept):,} dropped with nothing to learn"
+                if len(kept) < len(encoded)
+                else ""
+            )
+        )
+        examples += kept
+    if config.max_examples is not None and config.max_examples < len(examples):
+        chosen = np.random.default_rng(config.seed).permutation(len(examples))[: config.max_examples]
+        examples = [examples[i] for i in sorted(chosen)]
+    if not examples:
+        raise MalformedFile("no example has anything to learn", where=", ".join(sources))
+    rows = pack(examples, config.max_length) if config.packing else [(example,) for example in examples]
+    tokens = sum(len(example.ids) for example in examples)
+    targets = sum(example.targets for example in examples)
+    notes.append(f"{len(rows):,} rows, {tokens:,} tokens, {targets:,} of them learnt")
+    return Rows(tuple(rows), tuple(notes))
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[Row]:
+    """Fill rows of at most ``max_length`` tokens with whole examples: longest first, first row that fits."""
+    rows: list[list[Example]] = []
+    free: list[int] = []
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        length = len(example.ids)
+        place = next((i for i, room in enumerate(free) if room >= length), None)
+        if place is None:
+            rows.append([])
+            free.append(max_length)
+            place = len(rows) - 1
+        rows[place].append(example)
+        free[place] -= length
+    return [tuple(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of rows.
+
+    Attributes:
+        pad_id: Token behind the end of a row; never learnt, never attended to.
+        packed: Whether rows hold several examples: then positions say where each begins, and attention
+            stays inside (transformers reads that from ``position_ids`` when there is no mask).
+    """
+
+    pad_id: int
+    packed: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``labels`` and mask or positions, int64 (rows, longest)."""
+        longest = max(sum(len(example.ids) for example in row) for row in rows)
+        width = -(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE
+        ids = np.full((len(rows), width), self.pad_id, np.int64)
+        labels = np.full((len(rows), width), IGNORED, np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        positions = np.zeros((len(rows), width), np.int64)
+        for i, row in enumerate(rows):
+            at = 0
+            for example in row:
+                here = slice(at, at := at + len(example.ids))
+                ids[i, here], labels[i, here], mask[i, here] = example.ids, example.labels, 1
+                labels[i, here.start] = IGNORED  # predicted from the example before, if at all
+                positions[i, here] = np.arange(len(example.ids))
+            positions[i, at:] = np.arange(width - at)
+        batch = {"input_ids": ids, "labels": labels}
+        batch |= {"position_ids": positions} if self.packed else {"attention_mask": mask}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+class EpochOrder(Sampler[int]):
+    """The order of every epoch.
+
+    Args:
+        lengths: Tokens of every row.
+        batch_size: Rows of a step.
+        seed: Of the shuffle.
+        group: Whether a batch gets rows of like length.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int, group: bool) -> None:
+        self._lengths = np.array(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._group = group
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self._seed, self._epoch])
+        order = rng.permutation(len(self._lengths))
+        return iter((self._grouped(order, rng) if self._group else order).tolist())
+
+    def _grouped(self, order: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+        """Sort by length inside some batches at a time, then shuffle batches; the short rest stays last."""
+        size = self._batch_size
+        whole = len(order) // size * size
+        chunks = np.split(order, range(size * _BATCHES_SORTED, len(order), size * _BATCHES_SORTED))
+        order = np.concatenate([chunk[np.argsort(-self._lengths[chunk], kind="stable")] for chunk in chunks])
+        batches = order[:whole].reshape(-1, size)
+        return np.concatenate([batches[rng.permutation(len(batches))].reshape(-1), order[whole:]])

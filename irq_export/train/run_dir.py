@@ -1,0 +1,207 @@
+"""The directory of a run: a checkpoint of the base, its adapter, and what is needed to go on.
+
+::
+
+    DIR/                 the checkpoint of the base (spec/irq-checkpoint.md), written first
+    ├── adapter/         the trained adapter, written last
+    └── train/
+        ├── run.json     settings, base hash and data of the run
+        ├── metrics.jsonl
+        └── checkpoint-N/  resumable state; its manifest.json is written last and makes it valid
+
+A state without a valid manifest was interrupted and is removed, never resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from irq_export.train.config import TrainConfig
+from irq_formats.atomic import atomic_dir, atomic_file
+from irq_formats.checkpoint import open_checkpoint, read_config
+from irq_formats.errors import MalformedFile, OutputExists, UsageError
+from irq_formats.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from irq_formats.preflight import check_room
+from irq_formats.quantization import QUANT_METHOD
+from irq_formats.strict_json import parse_object
+
+__all__ = ["RunDir", "is_quantized", "quantize_settings"]
+
+#: Settings that may differ when a run goes on: they change what is written, not what is computed.
+_FREE = {"log_every", "eval_every", "save_every", "keep", "tensorboard", "device", "micro_batch", "output"}
+#: Settings that may also differ while the learning rate does not depend on them.
+_LENGTH = {"epochs", "steps"}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names inside the directory of a run.
+
+    Attributes:
+        path: The directory.
+    """
+
+    path: Path
+
+    @property
+    def state(self) -> Path:
+        """Where everything lies that only training needs."""
+        return self.path / "train"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.state / "metrics.jsonl"
+
+    def prepare(
+        self, config: TrainConfig, *, resume: bool, progress: Callable[[int, int, str], None] | None
+    ) -> str:
+        """Write the base, unless it is there from a run that is resumed.
+
+        Returns:
+            Its base hash.
+
+        Raises:
+            OutputExists: The directory exists and the run is not resumed.
+            UsageError: There is no model.
+            PreflightRefused: The disk has no room.
+        """
+        if self.path.exists():
+            if not resume:
+                raise OutputExists(
+                    "output exists", where=self.path, hint="Continue it with --resume, or choose another name"
+                )
+            return open_checkpoint(self.path, verify=False).base_hash
+        source = Path(config.model)
+        if is_quantized(source):
+            self._copy_checkpoint(source)
+            return open_checkpoint(self.path, verify=False).base_hash
+        from irq_export.quantize_model import quantize
+
+        report = quantize(source, self.path, progress=progress, **quantize_settings(config))
+        return report.base_hash
+
+    def _copy_checkpoint(self, source: Path) -> None:
+        """Copy the files that a checkpoint's manifest lists."""
+        open_checkpoint(source)
+        files: Any = check_manifest(source)["files"]
+        check_room(self.path, sum(entry["size_bytes"] for entry in files.values()))
+        with atomic_dir(self.path) as directory:
+            for name in (*files, MANIFEST_NAME):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, directory / name)
+
+    def record(self, config: TrainConfig, identity: dict[str, Any], *, resume: bool) -> None:
+        """Write down what the run is, or check that it is the one to be resumed.
+
+        Args:
+            config: Its settings.
+            identity: Base hash and digest of the data.
+            resume: Whether an earlier record counts.
+
+        Raises:
+            UsageError: The earlier run had other settings, base or data.
+        """
+        path = self.state / "run.json"
+        now = {"settings": config.to_dict(), **identity}
+        if resume and path.is_file():
+            before: Any = parse_object(path.read_bytes(), where=path)
+            free = _FREE | (_LENGTH if config.schedule == "constant" else set())
+            changed = [key for key in identity if before.get(key) != identity[key]]
+            changed += [
+                key
+                for key, value in now["settings"].items()
+                if key not in free and before.get("settings", {}).get(key, value) != value
+            ]
+            if changed:
+                raise UsageError(
+                    "not the run that was begun here",
+                    where=self.path,
+                    expected=", ".join(f"{key} {before.get('settings', before).get(key)}" for key in changed),
+                    got=", ".join(f"{key} {now['settings'].get(key, now.get(key))}" for key in changed),
+                    hint="Resume with the settings it was begun with, or choose another directory",
+                )
+        self.state.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, overwrite=True) as file:
+            file.write((json.dumps(now, indent=2) + "\n").encode())
+
+    def states(self) -> list[Path]:
+        """Return the resumable states, oldest first; interrupted ones are left out."""
+        found = []
+        for path in self.state.glob("checkpoint-*"):
+            number = path.name.removeprefix("checkpoint-")
+            if number.isdecimal() and (path / MANIFEST_NAME).is_file():
+                found.append((int(number), path))
+        return [path for _, path in sorted(found)]
+
+    def latest_state(self) -> Path | None:
+        """Return the newest state whose files are what its manifest says, and remove broken ones."""
+        for path in self.state.glob("checkpoint-*"):
+            if not (path / MANIFEST_NAME).is_file():
+                shutil.rmtree(path)
+        for path in reversed(self.states()):
+            try:
+                check_manifest(path)
+            except MalformedFile:
+                shutil.rmtree(path)
+                continue
+            return path
+        return None
+
+    def seal(self, step: int, keep: int) -> None:
+        """Make the state of a step valid, then remove the oldest ones."""
+        write_manifest(self.state / f"checkpoint-{step}", {"kind": "irq-train-state", "step": step})
+        for path in self.states()[:-keep]:
+            (path / MANIFEST_NAME).unlink()
+            shutil.rmtree(path)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop what an interrupted run logged after the state it resumes from."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the line at which it was killed
+                continue
+            if entry["step"] <= step:
+                kept.append(line + "\n")
+        with atomic_file(self.metrics, overwrite=True) as file:
+            file.write("".join(kept).encode())
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a model directory is an IR-QLoRA checkpoint.
+
+    Raises:
+        UsageError: There is no model.
+        UnsupportedModel: It is quantised in another way (said by ``quantize``).
+    """
+    quantization = read_config(path).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def quantize_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of :func:`irq_export.quantize_model.quantize` for a run.
+
+    Without ICQ these are bitsandbytes' own NF4, bit for bit, for nf4; the exact arithmetic for the others.
+    """
+    values: dict[str, Any] = {"codebook": config.codebook}
+    if config.embedding == "int8":
+        values["embedding"] = "int8"
+    if not config.icq:
+        values |= {"icq": False, "refine": "none", "tau": "none"}
+        if config.codebook == "nf4":
+            values |= {"tie": "first", "numerics": "reference", "scale_rounding": "none"}
+    return values

@@ -1,0 +1,303 @@
+"""``irq-export train``: settings, a whole run to a proved file, resuming after SIGKILL, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_models import save_tiny_model
+from tiny_tokenizers import save_tiny_tokenizer
+from tolerance import DDP_GRADIENT
+
+from irq_export.cli import main
+from irq_export.train.config import TrainConfig, make_config, settings
+from irq_export.train.memory import estimate_memory
+from irq_export.train.run_dir import RunDir
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.errors import IrqError, MalformedFile, UsageError
+from irq_formats.peft_adapter import read_peft_adapter
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs"]
+RECIPE = [
+    "--rank",
+    "4",
+    "--lr",
+    "1e-2",
+    "--batch-size",
+    "4",
+    "--log-every",
+    "1",
+    "--max-length",
+    "96",
+    "--device",
+    "cpu",
+    "--prompt",
+    "plain",
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in floating point with a tokenizer, and data."""
+    path = tmp_path_factory.mktemp("train")
+    save_tiny_model(path / "model", vocab_size=384, hidden_size=64, intermediate_size=64, head_dim=16)
+    save_tiny_tokenizer(path / "model")
+    settings_file = path / "model" / "tokenizer_config.json"
+    settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "eos_token": "</s>"}))
+    rows = [
+        {"instruction": f"Say {WORDS[i % 8]}", "input": "", "output": " ".join([WORDS[i % 8]] * (i % 5 + 1))}
+        for i in range(19)
+    ]
+    (path / "data.json").write_text(json.dumps(rows))
+    return path
+
+
+def arguments(source: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "train",
+        str(source / "model"),
+        "--data",
+        str(source / "data.json"),
+        "-o",
+        str(output),
+        *RECIPE,
+        *more,
+    ]
+
+
+def invoke(*args: str) -> Any:
+    result = CliRunner().invoke(main, [*args, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def curve(output: Path) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in (output / "train" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def finished(source: Path) -> Path:
+    """A run of ten steps in two epochs, never interrupted."""
+    output = source / "finished"
+    report = invoke(*arguments(source, output, "--epochs", "2", "--save-every", "3", "--dropout", "0.1"))[
+        "train"
+    ]
+    assert (report["steps"], report["output"]) == (10, str(output))
+    assert report["betas"] > 0
+    return output
+
+
+def test_a_run_is_a_checkpoint_that_deploys(finished: Path, tmp_path: Path) -> None:
+    losses = [loss for _, loss, _ in curve(finished)]
+    assert len(losses) == 10
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    checkpoint = open_checkpoint(finished)
+    assert checkpoint.adapter_dir is not None
+    adapter = read_peft_adapter(checkpoint.adapter_dir)
+    assert adapter.base_hash == checkpoint.base_hash
+    assert all(layer.beta1 and layer.beta2 for layer in adapter.layers.values())
+    assert [path.name for path in RunDir(finished).states()] == ["checkpoint-9", "checkpoint-10"]
+    invoke("to-gguf", str(finished), "-o", str(tmp_path / "model.gguf"))
+    report = invoke("verify", str(tmp_path / "model.gguf"), "--against", str(finished))
+    assert json.dumps(report).count('"passed": false') == 0
+    assert report["verify"]["passed"] is True
+
+
+def test_a_finished_run_is_neither_overwritten_nor_repeated(finished: Path, source: Path) -> None:
+    before = curve(finished)
+    again = CliRunner().invoke(main, arguments(source, finished))
+    assert again.exit_code == 6
+    assert "--resume" in again.output
+    report = invoke("train", "-o", str(finished), "--resume")  # everything else is on record
+    assert report["train"]["steps"] == 10
+    assert curve(finished) == before
+    other = CliRunner().invoke(main, ["train", "-o", str(finished), "--resume", "--lr", "5"])
+    assert other.exit_code == 2
+    assert "not the run that was begun here" in other.output
+
+
+def test_killed_and_resumed_is_the_same_run(finished: Path, source: Path) -> None:
+    """SIGKILL somewhere after the first state, in another process; then --resume agrees step for step."""
+    output = source / "killed"
+    command = arguments(source, output, "--epochs", "2", "--save-every", "3", "--dropout", "0.1")
+    slow = "import time; from irq_export.train import callbacks as c; w = c.MetricsCallback.on_log\n"
+    slow += "def on_log(self, *a, **k): w(self, *a, **k); time.sleep(0.4)\n"
+    slow += "c.MetricsCallback.on_log = on_log; from irq_export.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", slow, *command], stderr=subprocess.DEVNULL) as process:
+        limit = time.monotonic() + 120
+        metrics = output / "train" / "metrics.jsonl"
+        while not metrics.is_file() or len(metrics.read_text().splitlines()) < 5:
+            assert process.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    steps = [step for step, *_ in curve(output)]
+    assert 5 <= steps[-1] < 10
+    state = RunDir(output).states()[-1]
+    assert state.name == "checkpoint-3"
+    (output / "train" / "checkpoint-6").mkdir(exist_ok=True)  # a state that was being written
+    (output / "train" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
+    invoke(*command, "--resume")
+    assert curve(output) == curve(finished)
+    ours, theirs = (read_peft_adapter(path / "adapter") for path in (output, finished))
+    for name, layer in theirs.layers.items():
+        assert ours.layers[name].lora_b.tobytes() == layer.lora_b.tobytes()
+        assert ours.layers[name].beta1 == layer.beta1
+
+
+def test_qlora_is_the_run_without_iec_and_icq(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "qlora"
+    more = ["--steps", "1", "--no-iec", "--no-icq", "--packing", "--eval-data", str(source / "data.json")]
+    report = invoke(*arguments(source, output, *more, "--eval-every", "1"))["train"]
+    assert report["betas"] == 0
+    assert report["eval_loss"] > 0
+    assert not read_peft_adapter(output / "adapter").has_iec
+    assert {spec.tau for spec in open_checkpoint(output).quantization.modules.values()} == {"none"}
+
+
+def test_a_quantised_model_trains_as_it_is(finished: Path, source: Path, tmp_path: Path) -> None:
+    invoke(
+        "train",
+        str(finished),
+        "--data",
+        str(source / "data.json"),
+        "-o",
+        str(tmp_path / "run"),
+        *RECIPE,
+        "--steps",
+        "1",
+    )
+    assert open_checkpoint(tmp_path / "run").base_hash == open_checkpoint(finished).base_hash
+
+
+def test_dry_run_says_what_it_costs_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+    plan = invoke(*arguments(source, tmp_path / "run", "--dry-run"))["plan"]
+    assert not (tmp_path / "run").exists()
+    assert plan["steps"] == 15
+    config = make_config({"model": str(source / "model"), "data": ("x",), "output": "o", "rank": 4})
+    estimate = estimate_memory(config, bytes_per_value=4)
+    assert estimate.trainable == plan["memory"]["trainable"] == 2 * (4 * 2 * 64 * 5 + 2 * 4 * 96 + 2 * 7)
+    assert estimate.adapter == 16 * estimate.trainable
+
+
+def test_every_setting_is_a_flag_and_a_key(tmp_path: Path) -> None:
+    options = {option for parameter in main.get_command(None, "train").params for option in parameter.opts}  # type: ignore[arg-type, attr-defined]
+    assert {setting.flag for setting in settings() if setting.name != "model"} <= options
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(TrainConfig(model="m", data=("d",), output="o", lr=1e-3).to_dict()))
+    assert make_config({}, path) == TrainConfig(model="m", data=("d",), output="o", lr=1e-3)
+
+
+def test_paper_recipe_is_the_default() -> None:
+    config = TrainConfig()
+    assert (config.rank, config.alpha, config.lr, config.schedule, config.batch_size) == (
+        64,
+        16,
+        2e-4,
+        "constant",
+        16,
+    )
+    assert (config.iec, config.icq, config.max_grad_norm, config.weight_decay) == (True, True, 0.3, 0)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\ndata: d.json\nlr: 2e-4\nrank: 8\niec: false\n")
+    config = make_config({"rank": 16, "output": "o", "steps": None, "data": ()}, tmp_path / "r.yaml")
+    assert (config.rank, config.lr, config.data, config.iec, config.output) == (
+        16,
+        2e-4,
+        ("d.json",),
+        False,
+        "o",
+    )
+    if sys.version_info >= (3, 11):
+        (tmp_path / "r.toml").write_text('model = "m"\ndata = ["d.json"]\nmax-length = 64\n')
+        assert make_config({"output": "o"}, tmp_path / "r.toml").max_length == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("learning_rate: 1", "unknown key"),
+        ("rnk: 8", "Did you mean rank"),
+        ("rank: eight", "wrong type"),
+        ("rank: true", "wrong type"),
+        ("iec: 1", "wrong type"),
+        ("rank: [", "not YAML"),
+        ("- rank", "not a table"),
+        ("rank: -1", "must be positive"),
+        ("prompt: alpacca", "unknown --prompt"),
+        ("rank: 4", "MODEL is missing"),
+    ],
+)
+def test_files_with_mistakes_are_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises((UsageError, MalformedFile), match=says):
+        make_config({}, tmp_path / "r.yaml")
+
+
+def test_a_run_that_diverges_stops(source: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, arguments(source, tmp_path / "run", "--steps", "9", "--lr", "1e30"))
+    assert result.exit_code == IrqError.exit_code
+    assert "diverged" in result.output
+
+
+_FIRST_STEP = """
+import sys, torch
+from transformers import TrainerCallback
+from irq_export.train.config import make_config
+from irq_export.train.run import train
+
+class Keep(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.is_world_process_zero and state.global_step == 0:
+            named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            torch.save(named, sys.argv[1])
+
+settings = dict(model=sys.argv[2], data=(sys.argv[3],), output=sys.argv[4], rank=4, batch_size=4, steps=2,
+                max_length=96, prompt="plain", device="cpu", max_grad_norm=1e9, log_every=1)
+train(make_config(settings), callbacks=[Keep()])
+"""
+
+
+@pytest.mark.slow  # three interpreters that import torch and transformers: 30 s on one core
+def test_two_processes_have_the_gradients_of_one(source: Path, tmp_path: Path) -> None:
+    """DDP over gloo: the first step's gradients, weighted by tokens over both halves, are those of one."""
+    script = tmp_path / "first_step.py"
+    script.write_text(_FIRST_STEP)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(name: str, rank: int, world: int) -> subprocess.Popen[bytes]:
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+        environment = {**os.environ, **(variables if world > 1 else {})}
+        paths = [tmp_path / f"{name}.pt", source / "model", source / "data.json", tmp_path / name]
+        return subprocess.Popen([sys.executable, str(script), *map(str, paths)], env=environment)
+
+    for name, world in (("one", 1), ("two", 2)):
+        processes = [start(name, rank, world) for rank in range(world)]
+        assert [process.wait(timeout=200) for process in processes] == [0] * world
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    two = {name.removeprefix("module."): gradient for name, gradient in two.items()}
+    assert one.keys() == two.keys()
+    assert any("lora_beta" in name for name in one)
+    for name, gradient in one.items():
+        largest = gradient.abs().max()
+        assert largest > 0 or "lora_A" in name or "lora_beta1" in name  # B is zero: nothing reaches A yet
+        assert (two[name] - gradient).abs().max() <= DDP_GRADIENT * max(float(largest), 1e-6)
+    losses = [curve(tmp_path / name) for name in ("one", "two")]
+    for mine, theirs in zip(*losses, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
