@@ -5,18 +5,22 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from irq_export.cli.common import emit, json_option, verb
+from irq_formats.errors import UsageError
 
 __all__ = ["command"]
 
 
 @click.command(short_help="Generate text from a GGUF file.")
 @click.argument("model", metavar="FILE", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", required=True, help="Text to continue; with --chat, the user's message.")
+@click.option("-p", "--prompt", help="Text to continue; with --chat, the user's message.")
+@click.option(
+    "-f", "--file", type=click.File(encoding="utf-8"), help="Read the prompt from here; - is stdin."
+)
 @click.option("--adapter", type=click.Path(path_type=Path), help="Separate adapter file.")
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Its multiplier.")
 @click.option("-n", "--max-tokens", type=int, default=128, show_default=True, help="Tokens at most.")
@@ -30,6 +34,7 @@ __all__ = ["command"]
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampler.")
 @click.option("--stop", multiple=True, help="End before this text; may be given again.")
 @click.option("--chat", is_flag=True, help="Render the prompt with the file's chat template.")
+@click.option("--system", help="With --chat, the system's message before it.")
 @click.option(
     "--runtime",
     type=click.Choice(["auto", "native", "reference"]),
@@ -52,11 +57,13 @@ __all__ = ["command"]
 @verb
 def command(
     model: Path,
-    prompt: str,
+    prompt: str | None,
+    file: TextIO | None,
     adapter: Path | None,
     adapter_scale: float,
     stop: tuple[str, ...],
     chat: bool,
+    system: str | None,
     runtime: str,
     mode: str,
     threads: int,
@@ -67,14 +74,17 @@ def command(
     """Continue a prompt with FILE, a GGUF of the irq or a stock profile, or the directory of a stock pair."""
     from irq_runtime.completion import complete
 
+    if (prompt is None) == (file is None):
+        raise UsageError("one prompt is needed", expected="-p TEXT or -f FILE")
     started = time.perf_counter()
     completion = complete(
         model=model,
-        prompt=prompt,
+        prompt=_read(file) if prompt is None else prompt,
         adapter=adapter,
         adapter_scale=adapter_scale,
         stop=stop,
         chat=chat,
+        system=system,
         runtime=runtime,
         mode=mode,
         threads=threads,
@@ -91,6 +101,13 @@ def command(
         "seconds": round(seconds, 3),
     }
     emit(result, "", as_json=as_json)
+
+
+def _read(file: TextIO | None) -> str:
+    try:
+        return "" if file is None else file.read()
+    except UnicodeDecodeError as error:
+        raise UsageError("the prompt is not UTF-8", got=error) from error
 
 
 def _write(text: str) -> None:

@@ -53,6 +53,7 @@ def complete(
     seed: int = 0,
     stop: Sequence[str] = (),
     chat: bool = False,
+    system: str | None = None,
     runtime: str = "auto",
     mode: str = "exact",
     threads: int = 2,
@@ -75,6 +76,7 @@ def complete(
         seed: Of the sampler.
         stop: Strings that end the text.
         chat: Render the prompt with the file's chat template.
+        system: With ``chat``, the system's message before it.
         runtime: One of :data:`RUNTIMES`.
         mode: Of the native engine: ``exact`` or ``fast``.
         threads: Of the native engine.
@@ -84,6 +86,8 @@ def complete(
     Raises:
         IrqError: The file, the adapter or an option is refused.
     """
+    if system is not None and not chat:
+        raise UsageError("a system message belongs to a chat", hint="Ask for the chat template too")
     model, adapter = model_files(model, adapter)
     tokenizer = load_tokenizer(open_gguf(model))
     params = SamplingParams(
@@ -97,7 +101,8 @@ def complete(
         stop_tokens=tokenizer.stop_tokens,
     )
     if chat:
-        rendered = tokenizer.render_chat([{"role": "user", "content": prompt}])
+        opening = [] if system is None else [{"role": "system", "content": system}]
+        rendered = tokenizer.render_chat([*opening, {"role": "user", "content": prompt}])
         ids = tokenizer.encode(rendered, add_special=False)
     else:
         ids = tokenizer.encode(prompt)

@@ -108,6 +108,25 @@ class TestCommand:
         assert document["text"] == ", there was a little "
         assert document["finish_reason"] == "stop"
 
+    def test_prompt_from_a_file(self, stories_gguf: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompt.txt").write_text(PROMPT)
+        expected = CliRunner().invoke(main, ["run", str(stories_gguf), "-p", PROMPT, "-n", "8"]).stdout
+        for name, stdin in ((str(tmp_path / "prompt.txt"), None), ("-", PROMPT)):
+            run = CliRunner().invoke(main, ["run", str(stories_gguf), "-f", name, "-n", "8"], input=stdin)
+            assert (run.exit_code, run.stdout) == (0, expected)
+        (tmp_path / "prompt.txt").write_bytes(b"\xff")
+        run = CliRunner().invoke(main, ["run", str(stories_gguf), "-f", str(tmp_path / "prompt.txt")])
+        assert run.exit_code == 2
+
+    def test_system_message(self, demo: Path) -> None:
+        user = ["run", str(demo), "-p", "Hello", "--chat", "-n", "1", "--json"]
+        alone, both = (
+            json.loads(CliRunner().invoke(main, [*user, *more]).stdout)["prompt_tokens"]
+            for more in ([], ["--system", "Be brief."])
+        )
+        assert both != alone
+        assert CliRunner().invoke(main, ["run", str(demo), "-p", "x", "--system", "y"]).exit_code == 2
+
     @pytest.mark.parametrize(
         ("arguments", "code"),
         [
@@ -115,6 +134,8 @@ class TestCommand:
             (["FILE", "-p", "x", "--top-p", "2"], 2),
             (["FILE", "-p", "x", "--chat"], 2),
             (["FILE"], 2),
+            (["FILE", "-p", "x", "-f", "-"], 2),
+            (["FILE", "-f", "nowhere.txt"], 2),
             (["FILE", "-p", "x", "--adapter", "FILE"], 3),
         ],
     )
