@@ -137,7 +137,7 @@ def _settle() -> None:
     """Take what lives as long as the process out of the garbage collector's sight.
 
     A stream leaves cycles behind (tasks, tracebacks of cancellation). Full collections, which free them, wait
-    until new objects are a quarter of the old: of some 61,000 after the imports, and stop the server for 70 ms.
+    until new objects are a quarter of the old, 61,000 after the imports, and stop the server for 70 ms.
     Without those a collection takes a millisecond, and does not wait for megabytes of garbage.
     """
     gc.collect()
