@@ -197,12 +197,36 @@ def check(weight: Weight, *, threads: int = 1, tokens: tuple[int, ...] = TOKENS)
             raise AssertionError(f"{where}: {excess.max()} beyond the bound at {excess.argmax()}")
 
 
+def check_rounding() -> None:
+    """Hold float16 outputs to numpy's rounding, bit for bit: products of two float16 are exact in float32.
+
+    Raises:
+        AssertionError: One is rounded otherwise.
+    """
+    rng = np.random.default_rng(6)
+    weight = random_weight("int4", 64, k=64, half=True, tau=False)
+    codes = np.full((N, 64), 8, np.uint8)  # the level 0, and 1 in the first column
+    codes[:, 0] = 9
+    bits = rng.integers(0, 0x7C00, (N + 40,)) | rng.integers(0, 2, (N + 40,)) << 15  # finite
+    values = bits.astype(np.uint16).view(np.float16)
+    weight = replace(weight, codes=pack("int4", 64, codes), scale=values[:N, None])
+    a = np.zeros((40, 64), np.float16)
+    a[:, 0] = values[N:]
+    with np.errstate(over="ignore"):
+        expected = (a[:, :1].astype(np.float32) * weight.scale[:, 0].astype(np.float32)).astype(np.float16)
+    for m in (1, 40):
+        (y,) = session(model(weight)).run(None, {"A": a[:m]})
+        if not np.array_equal(y, expected[:m]):
+            raise AssertionError(f"rounding of float16, M={m}")
+
+
 def check_all() -> int:
     """Run every weight, with one thread and two in turn; return how many."""
     wide = random_weight("nf4", 64, n=130, k=1088)
     cases = [*weights(), replace(wide, scale=-wide.scale)]
     for i, weight in enumerate(cases):
         check(weight, threads=1 + i % 2)
+    check_rounding()
     return len(cases)
 
 

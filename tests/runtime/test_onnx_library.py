@@ -16,7 +16,19 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from onnx_cases import MARKER, K, N, check, inputs, model, product_and_bound, random_weight, session, weights
+from onnx_cases import (
+    MARKER,
+    K,
+    N,
+    check,
+    check_rounding,
+    inputs,
+    model,
+    product_and_bound,
+    random_weight,
+    session,
+    weights,
+)
 
 from irq_formats.errors import UnsupportedModel
 from irq_runtime import _native
@@ -52,6 +64,10 @@ def run_cases(repo: Path, *path: Path, **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_float16_is_rounded_as_numpy_rounds() -> None:
+    check_rounding()
 
 
 def test_leading_dimensions_are_kept() -> None:

@@ -41,8 +41,8 @@ Shape codes_shape(const Matrix &w) {
     return shape_of({w.rows, nb, bytes / nb});
 }
 
-// Element of the kernels' block j is element order(j) of the ONNX block. Both put two elements into a byte;
-// the kernels those that are half a block apart, ONNX neighbours.
+// A block's inputs in the order in which the kernels meet its weights. Two weights share a byte: ONNX puts
+// neighbours there, the kernels expect weights that are half a block apart.
 //   INT4: low nibble e[2j], high e[2j+1];  NF4: high nibble e[2j], low e[2j+1]
 void permute(const Matrix &w, const float *x, float *permuted) {
     const std::size_t half = w.block_size / 2, first = w.codebook == IRQ_NF4 ? 1 : 0;
@@ -131,8 +131,9 @@ void MatMulBlocks::check_values(const Tensor &tensor, Input input) const {
     if (input == input_tau && shape_.codebook == IRQ_INT8) refuse(shape_.codebook, "int8 blocks have no tau");
     const Shape expected = shape_of({shape_.rows, shape_.blocks_per_row()});
     if (tensor.type == type_ && tensor.shape == expected) return;
-    refuse(shape_.codebook, std::string(input == input_scale ? "scale" : "tau") + " must be " + (is_half() ? "float16 " : "float ") +
-                                text_of(expected) + ", got " + text_of(tensor.shape));
+    refuse(shape_.codebook, std::string(input == input_scale ? "scale" : "tau") + " must be " +
+                                (is_half() ? "float16 " : "float ") + text_of(expected) + ", got " +
+                                text_of(tensor.shape));
 }
 
 // The weight where onnxruntime holds it now.

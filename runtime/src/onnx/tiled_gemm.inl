@@ -157,7 +157,7 @@ void decode_panel(const Matrix &w, const typename S::Table &table, std::size_t r
     for (std::size_t half = 0; half < 2; ++half) {
         const std::size_t lane = half * S::width;
         const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + at * block_bytes;
-        alignas(64) std::uint8_t last[S::width * (chunk_columns)];  // rows that are not all there
+        alignas(64) std::uint8_t last[S::width * chunk_columns];  // rows that are not all there
         std::size_t codes_stride = stride;
         if (lane + S::width <= rows) {
             codes += lane * stride;
@@ -192,7 +192,8 @@ void prefetch_panel(const Matrix &w, std::size_t row, std::size_t rows, std::siz
     const std::size_t value_bytes = w.scale.storage == Storage::f16 ? 2 : 4;
     const auto address = [](const void *base, std::size_t at) { return static_cast<const std::uint8_t *>(base) + at; };
     for (std::size_t r = row; r < row + rows; ++r) {
-        for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(address(w.data, r * stride + block * (stride / nb) + i));
+        const std::size_t first = r * stride + block * (stride / nb);
+        for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(address(w.data, first + i));
         __builtin_prefetch(address(w.scale.values, value_bytes * (r * nb + block)));
         if (w.tau.values != nullptr) __builtin_prefetch(address(w.tau.values, value_bytes * (r * nb + block)));
     }

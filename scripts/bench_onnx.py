@@ -1,0 +1,222 @@
+"""Speed and memory of one quantised product in onnxruntime: our library, function bodies, stock operators.
+
+    scripts/bench_onnx.py                      the tables of docs/onnx-speed.md
+    scripts/bench_onnx.py --sizes 2048 --threads 1 --tokens 1 16 --json out.json
+    scripts/bench_onnx.py --memory             resident memory: loading and running eight 4096 x 4096 layers
+
+All variants of a size are sessions in one process and take turns, a call each, `--rounds` times; the table
+shows medians of wall time, and how many times faster one variant is than another, from one run. Before that,
+their results are held to each other. Codes are random. NF4 and INT4 have offsets (tau) in the body and in the
+library; MatMulBnb4 and MatMulNBits alone have none, so they do less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from numpy.typing import NDArray
+
+from irq_formats.onnx.operators import DOMAIN, IR_VERSION, OPSETS, VERSION, Operator, function
+from irq_formats.onnx.ops import CONTRIB, Ops
+from irq_runtime import _native
+from irq_runtime.onnx import register
+
+BLOCK = 64
+#: name: (codebook, "library", "body" or a stock operator, its accuracy level)
+VARIANTS: dict[str, tuple[str, str, int]] = {
+    "nf4 library": ("nf4", "library", 0),
+    "nf4 body": ("nf4", "body", 0),
+    "MatMulBnb4": ("nf4", "MatMulBnb4", 0),
+    "int4 library": ("int4", "library", 0),
+    "int4 body": ("int4", "body", 0),
+    "MatMulNBits acc 0": ("int4", "MatMulNBits", 0),
+    "MatMulNBits acc 4": ("int4", "MatMulNBits", 4),
+}
+#: (name, baseline): what the ratios compare
+RATIOS = (
+    ("nf4 library", "MatMulBnb4"),
+    ("nf4 library", "MatMulNBits acc 0"),
+    ("nf4 library", "nf4 body"),
+    ("int4 library", "MatMulNBits acc 0"),
+    ("int4 library", "MatMulNBits acc 4"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Median milliseconds of one variant."""
+
+    size: int
+    threads: int
+    tokens: int
+    variant: str
+    ms: float
+
+
+def add_linear(ops: Ops, variant: str, size: int, a: ir.Value, name: str) -> tuple[ir.Value, list[ir.Value]]:
+    """One product with a random weight ``(size, size)``; returns its output and its initialisers."""
+    codebook, how, accuracy = VARIANTS[variant]
+    rng = np.random.default_rng(0)
+    nb = size // BLOCK
+    flat = how == "MatMulBnb4"
+    values: dict[str, NDArray[np.generic]] = {
+        "codes": rng.integers(0, 256, (size, nb, BLOCK // 2), dtype=np.uint8),
+        "scale": rng.random((size, nb), dtype=np.float32),
+    }
+    if codebook == "nf4":
+        values["codes"] = values["codes"].reshape(-1) if flat else values["codes"].reshape(size, -1)
+    if flat:
+        values["scale"] = values["scale"].reshape(-1)
+    if how in ("library", "body"):
+        values["tau"] = rng.normal(0, 0.05, (size, nb)).astype(np.float32)
+    initialisers = [
+        ir.Value(name=f"{name}.{key}", const_value=ir.Tensor(value, name=f"{name}.{key}"))
+        for key, value in values.items()
+    ]
+    shape = {"K": size, "N": size, "block_size": BLOCK}
+    if how in ("library", "body"):
+        op_type = Operator(codebook, BLOCK, has_tau=True).op_type
+        return ops(op_type, a, *initialisers, domain=DOMAIN, codebook=codebook, **shape), initialisers
+    extra = {"quant_type": 1} if flat else {"bits": 4, "accuracy_level": accuracy}
+    return ops(how, a, *initialisers, domain=CONTRIB, **shape, **extra), initialisers
+
+
+def write_model(path: Path, variant: str, size: int, layers: int = 1) -> None:
+    """A chain of products, weights in an external file."""
+    codebook, how, _ = VARIANTS[variant]
+    ops, initialisers = Ops(), []
+    value = a = ir.Value(name="A", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["M", size]))
+    for layer in range(layers):
+        value, added = add_linear(ops, variant, size, value, f"layer{layer}")
+        initialisers += added
+    value.name, value.type, value.shape = "Y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["M", size])
+    opsets = {**OPSETS, DOMAIN: VERSION}
+    graph = ir.Graph(
+        [a], [value], nodes=ops.nodes, initializers=initialisers, opset_imports=opsets, name="bench"
+    )
+    functions = [function(Operator(codebook, BLOCK, has_tau=True))] if how in ("library", "body") else []
+    model = ir.Model(graph, ir_version=IR_VERSION, functions=functions)
+    ir.save(model, path, external_data=f"{path.name}.data")
+
+
+def open_session(path: Path, variant: str, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # a session whose threads go on spinning would slow the next one down
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if VARIANTS[variant][1] == "library":
+        register(options)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def check_agreement(sessions: dict[str, onnxruntime.InferenceSession], size: int) -> None:
+    """The library and the body compute the same thing."""
+    a = np.random.default_rng(1).normal(0, 1, (17, size)).astype(np.float32)
+    for codebook in ("nf4", "int4"):
+        ours, body = (sessions[f"{codebook} {how}"].run(None, {"A": a})[0] for how in ("library", "body"))
+        nmse = float(np.mean((ours - body) ** 2) / np.var(body))
+        if nmse > 1e-12:
+            raise SystemExit(f"{codebook}: library and body differ, NMSE {nmse}")
+
+
+def measure(folder: Path, size: int, threads: int, tokens: list[int], rounds: int) -> list[Row]:
+    sessions = {}
+    for variant in VARIANTS:
+        path = folder / f"{variant}-{size}.onnx".replace(" ", "-")
+        if not path.exists():
+            write_model(path, variant, size)
+        sessions[variant] = open_session(path, variant, threads)
+    check_agreement(sessions, size)
+    rows = []
+    for m in tokens:
+        a = np.random.default_rng(1).normal(0, 1, (m, size)).astype(np.float32)
+        seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for _ in range(max(5, rounds if m < 64 else rounds // 4)):
+            for variant, session in sessions.items():
+                begin = time.perf_counter()
+                session.run(None, {"A": a})
+                seconds[variant].append(time.perf_counter() - begin)
+        rows += [
+            Row(size, threads, m, variant, 1e3 * median(taken[1:])) for variant, taken in seconds.items()
+        ]
+        show(rows[-len(VARIANTS) :])
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    ms = {row.variant: row.ms for row in rows}
+    ratios = [f"{ms[baseline] / ms[name]:.2f}" for name, baseline in RATIOS]
+    head = [str(rows[0].size), str(rows[0].threads), str(rows[0].tokens)]
+    print("|", " | ".join([*head, *(f"{value:.3g}" for value in ms.values()), *ratios]), "|", flush=True)
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory(path: str, variant: str, size: int) -> tuple[float, float]:
+    """Peak growth of resident memory by loading, and by running one token besides (MiB)."""
+    before = peak_mib()
+    session = open_session(Path(path), variant, 1)
+    loaded = peak_mib()
+    session.run(None, {"A": np.zeros((1, size), np.float32)})
+    return loaded - before, peak_mib() - before
+
+
+def show_memory(folder: Path, size: int = 4096, layers: int = 8) -> None:
+    print("| variant | file MiB | load | ratio | load and run | ratio |\n|---|---|---|---|---|---|")
+    for variant in VARIANTS:
+        path = folder / "memory.onnx"
+        write_model(path, variant, size, layers)
+        file = (folder / "memory.onnx.data").stat().st_size / 2**20
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            load, run = pool.apply(memory, (str(path), variant, size))
+        print(
+            f"| {variant} | {file:.0f} | {load:.0f} | {load / file:.2f} | {run:.0f} | {run / file:.2f} |",
+            flush=True,
+        )
+        for written in (path, folder / "memory.onnx.data"):
+            written.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", type=int, default=[2048, 4096], help="K = N")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 512])
+    parser.add_argument("--rounds", type=int, default=31, help="a quarter of it from 64 tokens on")
+    parser.add_argument("--memory", action="store_true", help="measure memory, not speed")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    print(f"onnxruntime {onnxruntime.__version__}, {_native.isa()}, milliseconds, medians\n")
+    with tempfile.TemporaryDirectory() as name:
+        if args.memory:
+            return show_memory(Path(name))
+        ratios = [f"{name} × {baseline}" for name, baseline in RATIOS]
+        columns = ["K = N", "threads", "tokens", *VARIANTS, *ratios]
+        print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))
+        rows: list[Row] = []
+        for size, threads in product(args.sizes, args.threads):
+            rows += measure(Path(name), size, threads, args.tokens, args.rounds)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return None
+
+
+if __name__ == "__main__":
+    main()
