@@ -321,14 +321,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--inner", type=int, default=11008)
+    parser.add_argument("--only", choices=["machine", "decode", "layer", "search"], nargs="+")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small, rounds = arguments.smoke, 2 if arguments.smoke else arguments.rounds
-    hidden, inner, tokens = (256, 512, 32) if small else (4096, 11008, arguments.tokens)
+    hidden, inner, tokens = (256, 512, 32) if small else (arguments.hidden, arguments.inner, arguments.tokens)
     torch.manual_seed(0)
-    result: dict[str, object] = {"torch": torch.__version__, "tokens": tokens, "hidden": hidden}
+    result: dict[str, object] = {
+        "torch": torch.__version__,
+        "tokens": tokens,
+        "hidden": hidden,
+        "inner": inner,
+    }
     parts: dict[str, Callable[[], dict[str, dict[str, float]]]] = {
         "machine": lambda: bench_machine(device, 256 if small else 8192),
         "decode": lambda: bench_decode(hidden, inner, rounds, device),
@@ -336,6 +344,8 @@ def main() -> None:
         "search": lambda: bench_search(hidden, rounds, device),
     }
     for title, run in parts.items():
+        if arguments.only and title not in arguments.only:
+            continue
         rows = result[title] = run()
         print(f"\n{title}")
         for name, row in rows.items():

@@ -23,6 +23,11 @@ def _enabled() -> bool:
     )
 
 
+@cache
+def _supported(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # what Triton supports, and bf16
+
+
 def available(device: torch.device) -> bool:
     """Whether the kernels run on a device."""
-    return device.type == "cuda" and _enabled()
+    return device.type == "cuda" and _enabled() and _supported(device)
