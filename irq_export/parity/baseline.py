@@ -73,7 +73,8 @@ def read_baseline(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError("the baseline cannot be read", where=path, got=error.strerror) from error
     document = parse_object(text, where=path)
-    if document.get("schema") != REPORT_SCHEMA or not isinstance(document.get("checks"), list):
+    checks = document.get("checks")
+    if document.get("schema") != REPORT_SCHEMA or not isinstance(checks, list):
         raise MalformedFile(
             "not a report of verify",
             where=path,
@@ -81,7 +82,7 @@ def read_baseline(path: str | Path) -> dict[str, Any]:
             got=document.get("schema"),
             hint="Write one with: irq-export verify FILE --against CHECKPOINT --report REPORT.json",
         )
-    for check in document["checks"]:
+    for check in checks:
         complete = isinstance(check, Mapping) and {"level", "name", "passed", "values"} <= check.keys()
         if not complete or not isinstance(check["values"], Mapping):
             raise MalformedFile("a check of the report is not complete", where=path)
