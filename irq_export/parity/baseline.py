@@ -84,7 +84,8 @@ def read_baseline(path: str | Path) -> dict[str, Any]:
         )
     for check in checks:
         complete = isinstance(check, Mapping) and {"level", "name", "passed", "values"} <= check.keys()
-        if not complete or not isinstance(check["values"], Mapping):
+        kinds = {"level": str, "name": str, "values": Mapping}
+        if not complete or not all(isinstance(check[key], kind) for key, kind in kinds.items()):
             raise MalformedFile("a check of the report is not complete", where=path)
     return dict(document)
 

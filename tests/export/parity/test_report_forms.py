@@ -90,7 +90,16 @@ def test_what_held_must_hold_and_be_checked() -> None:
     assert "256 positions before, 128 now" in other_text[1].detail
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "irq.parity/1", "checks": [{}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"schema": "irq.parity/1", "checks": [{}]}',
+        '{"schema": "irq.parity/1", "checks": [{"level": [], "name": "", "passed": true, "values": {}}]}',
+    ],
+)
 def test_what_is_no_baseline(text: str, tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(text)
     with pytest.raises(MalformedFile):
