@@ -1,7 +1,7 @@
 """Triton kernels for NVIDIA GPUs: ICQ search, decoding of block-quantised weights, the elastic connection.
 
-The torch code in :mod:`irq_export.icq_search`, :mod:`irq_export.block_linear` and :mod:`irq_export.iec` is
-their specification: equal bits, tested (but for the order of one sum, the gradient of a beta). The kernels
+The torch code in :mod:`irq_export.icq_search`, :mod:`irq_export.block_linear` and :mod:`irq_export.elastic`
+is their specification: equal bits, tested (but for the order of one sum, the gradient of a beta). The kernels
 are used where a tensor is on CUDA and Triton can be imported; ``IRQ_EXPORT_NO_TRITON=1`` switches them off.
 """
 

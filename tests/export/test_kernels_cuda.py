@@ -15,9 +15,9 @@ from irq_export import kernels
 from irq_export.block_linear import _decode as decode
 from irq_export.block_linear import block_linear
 from irq_export.block_modules import IrqLinear
+from irq_export.elastic import elastic_weight
 from irq_export.icq import quantize_tensor
 from irq_export.icq_search import SearchConfig, _book, _refit, _search
-from irq_export.iec import elastic_weight
 from irq_formats.blocks import BlockSpec, BlockTensor
 
 if not torch.cuda.is_available():

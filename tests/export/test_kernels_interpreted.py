@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
+import math
 import torch
 from test_icq import awkward_blocks
 from tiny_checkpoints import random_block_tensor
 from irq_export.block_linear import _decode
 from irq_export.block_modules import IrqLinear
 from irq_export.icq_search import SearchConfig, search_blocks
-from irq_export.iec import elastic_weight
+from irq_export.elastic import elastic_weight
 from irq_export.kernels import decode, elastic, icq
 from irq_formats.blocks import BlockSpec
 
@@ -38,7 +39,8 @@ for codebook in ("nf4", "nf3", "nf2", "int4", "int3", "int2"):
             assert torch.equal(decode.decode(parts, torch.float32), _decode(parts, torch.float32)), spec
 for shape in ((12, 128), (5, 7), (64, 8)):
     weight, beta = torch.randn(shape), torch.tensor([0.7])
-    found = elastic.elastic_weight(weight, beta, __import__("math").gcd(*shape) / shape[1], 0.3, torch.float32)
+    value = math.gcd(*shape) / shape[1]
+    found = elastic.elastic_weight(weight, beta, value, 0.3, torch.float32)
     assert torch.equal(found, elastic_weight(weight, beta, scaling=0.3)), shape
 """
 
