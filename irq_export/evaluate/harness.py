@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from irq_export.evaluate.measures import Measure
 from irq_export.evaluate.questions import Encode, Question, Request, requests_of
@@ -15,6 +16,7 @@ from irq_formats.errors import UsageError
 
 __all__ = ["draw", "measure_task", "measure_windows"]
 
+F64 = NDArray[np.float64]
 #: Called with requests done, requests in all, and the name of the task.
 Progress = Callable[[int, int, str], None]
 
@@ -60,10 +62,10 @@ def measure_task(
 
 def _right(
     questions: Sequence[Question],
-    likelihoods: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    likelihoods: F64,
     *,
     per_character: bool,
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+) -> F64:
     """1 where the most likely choice is the right one; of equal ones the first counts. float64 (n,)."""
     right, start = np.zeros(len(questions)), 0
     for i, question in enumerate(questions):
@@ -76,7 +78,7 @@ def _right(
 
 
 def measure_windows(
-    windows: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
+    windows: NDArray[np.int64],
     scorer: Scorer,
     name: str,
     progress: Progress | None = None,

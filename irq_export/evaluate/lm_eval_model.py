@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.instance import Instance  # type: ignore[import-not-found, unused-ignore]
+from lm_eval.api.model import LM  # type: ignore[import-not-found, unused-ignore]
 
 from irq_export.evaluate.models import EvaluatedModel
 from irq_export.evaluate.questions import Request, encode_pair
@@ -20,7 +20,7 @@ from irq_formats.errors import UnsupportedModel
 __all__ = ["HarnessModel"]
 
 
-class HarnessModel(LM):
+class HarnessModel(LM):  # type: ignore[misc, unused-ignore]
     """Answers ``loglikelihood``; tasks that generate text or roll over documents are refused.
 
     Args:

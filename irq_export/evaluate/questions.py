@@ -81,7 +81,7 @@ class Question:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Characters of each choice, the divisors of ``acc_norm``."""
-        return tuple(len(choice) for choice in self.choices)
+        return tuple(max(1, len(choice)) for choice in self.choices)
 
 
 def encode_pair(encode: Encode, context: str, continuation: str) -> Request:
