@@ -22,9 +22,12 @@ __all__ = [
     "NF_IN_Q8_0_NMSE",
     "NMSE_BITSANDBYTES",
     "NMSE_FAST_TINY",
+    "NMSE_FLOAT16_TINY",
     "NMSE_FLOAT32",
     "NMSE_FLOAT64",
     "NMSE_SUM_ORDER",
+    "ONNX_BODY_FLOAT16",
+    "ONNX_BODY_RELATIVE",
     "SAMPLING_SIGMAS",
     "SUM_ORDER_FLOAT32",
     "SUM_ORDER_FLOAT64",
@@ -85,15 +88,14 @@ UNIT_ROUNDOFF = 2.0**-24
 #: then up to 1031 blocks, 1100 * 1.2e-15 = 1.3e-12 / 3 = 4e-13.
 KERNEL_EXACT_NMSE = 1e-12
 
-#: Fast kernels on Gaussian inputs: int8 in groups of 32 has step d = max / 127 and error d^2 / 12; for 32
-#: normal values E[max^2] = 5.2, so 5.2 / 127^2 / 12 = 2.7e-5; the 8-bit normal-float table adds 1.1e-5
-#: (src/kernels/matrix.cpp), with uniformly random codes up to half as much again.
-KERNEL_FAST_NMSE = 6e-5
+#: Fast kernels on Gaussian inputs: codes of up to 2047 in groups of 64 have step d = max / 2047 and error
+#: d^2 / 12; for 64 normal values E[max^2] = 6.5, so 6.5 / 2047^2 / 12 = 1.3e-7. The 15-bit normal-float table
+#: adds (1 / 16383)^2 / 12 = 3e-10 over a mean square level of 0.13 (0.3 for uniform codes): 2e-9.
+KERNEL_FAST_NMSE = 2e-7
 
-#: Engine in fast mode against exact, logits of a tiny model. Inputs rounded to 127 steps of the largest of 32
-#: (2.1 sigma): (2.1 / 127)^2 / 12 = 2.3e-5 of their power; 8-bit tables of nf4: 1.1e-5 of the weights'.
-#: 3.4e-5 a product, ten products in a row, a factor 3 of amplification. Measured 4e-4.
-NMSE_FAST_TINY = 1e-3
+#: Engine in fast mode against exact, logits of a tiny model. 1.3e-7 a product (KERNEL_FAST_NMSE), ten products
+#: in a row, a factor 3 of amplification: 4e-6.
+NMSE_FAST_TINY = 5e-6
 
 #: Log-likelihood of one token of a tiny model, batched or cached against alone. float64: transformers takes
 #: cos and sin in float32, whose last place (6e-8) depends on where a position falls in a vector register;
@@ -130,3 +132,15 @@ LINEAR_BFLOAT16 = 2e-2
 #: margin.
 SUM_ORDER_FLOAT32 = 1e-6
 SUM_ORDER_FLOAT64 = 1e-12
+
+#: A function body of domain irq against float64, relative 2-norm: float32 sums of K = 192 products and of
+#: their block sums, sqrt(192) * 2^-24 = 8e-7. Measured 4e-8..4e-7 on onnxruntime 1.20, 1.24 and 1.31.
+ONNX_BODY_RELATIVE = 1e-6
+
+#: The same in float16, K = 192: inputs exact, tau rounded (2^-11), sums and result rounded to float16 once or, in
+#: kernels that accumulate in float16, sqrt(192) * 2^-11 = 7e-3 at worst. Measured 4e-4..2e-3.
+ONNX_BODY_FLOAT16 = 5e-3
+
+#: An ONNX model in float16 against torch float32, logits of a tiny model: 2^-11 relative a rounding, squared and
+#: over 3: 8e-8 each; some 30 in a row, a factor 10 of amplification. Measured 1e-6.
+NMSE_FLOAT16_TINY = 2.5e-5

@@ -76,10 +76,30 @@ class OnnxModel:
         Raises:
             MalformedFile: There is no such tensor, or the file changed since it was opened.
         """
-        tensor = self.tensors.get(name)
-        if tensor is None or self.data is None:
+        tensor = self.tensor(name)
+        return self.read_part(name, 0, prod(tensor.shape)).reshape(tensor.shape)
+
+    def read_part(self, name: str, start: int, count: int) -> NDArray[np.generic]:
+        """Read ``count`` elements of a tensor from its element ``start``, in the order of the file.
+
+        Raises:
+            MalformedFile: As :meth:`read`, or the tensor has fewer elements.
+        """
+        tensor = self.tensor(name)
+        if self.data is None or min(start, count) < 0 or start + count > prod(tensor.shape):
+            raise MalformedFile("the tensor is shorter", where=f"{self.path}: {name}", got=tensor.shape)
+        offset = tensor.offset + start * np.dtype(tensor.dtype).itemsize
+        return self.data.read_array(offset, tensor.dtype, (count,))
+
+    def tensor(self, name: str) -> StoredTensor:
+        """Return where a tensor is.
+
+        Raises:
+            MalformedFile: There is no such tensor.
+        """
+        if name not in self.tensors:
             raise MalformedFile("no such tensor", where=self.path, expected=name)
-        return self.data.read_array(tensor.offset, tensor.dtype, tensor.shape)
+        return self.tensors[name]
 
 
 def open_model(path: str | Path) -> OnnxModel:

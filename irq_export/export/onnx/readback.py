@@ -6,8 +6,9 @@ back into the checkpoint's order, scales, offsets, plain tensors, adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,16 @@ import onnx
 from numpy.typing import NDArray
 
 from irq_export.export.onnx.adapters import NamedAdapter, read_adapter_file
+from irq_export.export.onnx.weights import float_chunks
 from irq_formats.blocks import BlockTensor
 from irq_formats.checkpoint import Checkpoint
-from irq_formats.errors import ParityFailed
-from irq_formats.onnx.codes import from_onnx
-from irq_formats.onnx.model_file import OnnxModel, open_model
+from irq_formats.errors import MalformedFile, ParityFailed
+from irq_formats.onnx.codes import codes_shape, from_onnx
+from irq_formats.onnx.model_file import OnnxModel, StoredTensor, open_model
 
 __all__ = ["ReadBack", "read_back"]
 
-Array = NDArray[np.generic]
-
-_ROWS = 4096
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,45 @@ class _Comparison:
         self.exact = self.rounded = 0
         self.unseen = set(model.tensors)
 
-    def take(self, name: str) -> Array:
-        """Read a tensor, which must be there."""
-        self.unseen.discard(name)
-        return self.model.read(name)
-
-    def floats(self, name: str, expected: NDArray[np.float32]) -> None:
+    def floats(self, name: str, shape: tuple[int, ...], expected: Iterable[NDArray[np.float32]]) -> None:
         """Compare the bits of a floating-point tensor with its source, rounded if it is narrower."""
-        got = self.take(name)
-        cast = expected.astype(got.dtype, copy=False)
-        if got.dtype.kind != "f" or got.shape != cast.shape or got.tobytes() != cast.tobytes():
-            raise ParityFailed("the written tensor differs from the checkpoint", where=name)
-        if np.array_equal(cast.astype(np.float32, copy=False), expected):
-            self.exact += 1
-        else:
-            self.rounded += 1
+        stored = self._take(name, shape)
+        position, is_exact = 0, True
+        for chunk in expected:
+            got = self.model.read_part(name, position, chunk.size)
+            cast = chunk.reshape(-1).astype(got.dtype, copy=False)
+            if stored.dtype == "uint8" or not np.array_equal(got.view(np.uint8), cast.view(np.uint8)):
+                raise ParityFailed("the written tensor differs from the checkpoint", where=name)
+            is_exact &= np.array_equal(cast.astype(np.float32, copy=False), chunk.reshape(-1))
+            position += chunk.size
+        self.exact += is_exact
+        self.rounded += not is_exact
 
     def codes(self, name: str, tensor: BlockTensor, operator: str) -> None:
-        """Compare codes, put back into the order of the checkpoint, row by row."""
-        got, expected = self.take(name), tensor.parts["codes"].view(np.uint8)
+        """Compare codes, put back into the order of the checkpoint, some rows at a time."""
+        self._take(name, codes_shape(operator, tensor.shape, tensor.spec.block_size))
+        expected = tensor.parts["codes"].view(np.uint8)
+        width = prod(codes_shape(operator, (1, tensor.shape[1]), tensor.spec.block_size))
         for start in range(0, expected.shape[0], _ROWS):
-            rows = slice(start, start + _ROWS)
-            stored = got[rows].view(np.uint8)
-            back = from_onnx(stored, tensor.spec.codebook, operator, tensor.spec.block_size)
-            if not np.array_equal(back, expected[rows]):
+            rows = expected[start : start + _ROWS]
+            stored = self.model.read_part(name, start * width, len(rows) * width).view(np.uint8)
+            try:
+                back = from_onnx(
+                    stored.reshape(len(rows), width), tensor.spec.codebook, operator, tensor.spec.block_size
+                )
+            except MalformedFile as error:
+                raise ParityFailed("the written codes differ from the checkpoint", where=name) from error
+            if not np.array_equal(back, rows):
                 raise ParityFailed("the written codes differ from the checkpoint", where=name)
         self.exact += 1
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """Find a tensor, which must be there and of this shape."""
+        self.unseen.discard(name)
+        stored = self.model.tensor(name)
+        if stored.shape != shape:
+            raise ParityFailed("the shape of a written tensor", where=name, expected=shape, got=stored.shape)
+        return stored
 
 
 def read_back(
@@ -101,16 +114,18 @@ def read_back(
     onnx.checker.check_model(str(model.path), full_check=True)
     comparison = _Comparison(model)
     for name in checkpoint.plain:
-        comparison.floats(name, checkpoint.plain_f32(name))
+        shape = tuple(checkpoint.plain[name].shape)
+        comparison.floats(name, shape, float_chunks(checkpoint, name))
     for module, operator in operators.items():
         tensor = checkpoint.block_tensor(module)
         comparison.codes(f"{module}.codes", tensor, operator)
-        comparison.floats(f"{module}.scale", tensor.scale())
+        scale = tensor.scale()
+        comparison.floats(f"{module}.scale", scale.shape, [scale])
         if tensor.spec.tau != "none" or f"{module}.tau" in model.tensors:
-            comparison.floats(f"{module}.tau", tensor.tau())
+            comparison.floats(f"{module}.tau", scale.shape, [tensor.tau()])
     if baked is not None:
         for name, array in baked.parameters.items():
-            comparison.floats(name, np.asarray(array, np.float32))
+            comparison.floats(name, array.shape, [np.asarray(array, np.float32)])
     for adapter in adapters:
         _same_adapter(directory / adapter.file_name, adapter)
         comparison.exact += len(adapter.parameters)

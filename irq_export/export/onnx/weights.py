@@ -24,7 +24,7 @@ from irq_formats.onnx.data_file import DataTensor
 from irq_formats.onnx.operators import Operator
 from irq_formats.onnx.ops import DTYPES
 
-__all__ = ["BlockValues", "ExportTensor", "WeightTable"]
+__all__ = ["BlockValues", "ExportTensor", "WeightTable", "float_chunks"]
 
 Array = NDArray[np.generic]
 
@@ -82,7 +82,7 @@ class WeightTable:
         """Return a tensor that is not quantised, widened or rounded to ``dtype``."""
         ref = self.checkpoint.plain[name]
         dtype = dtype or self.dtype
-        read = partial(_floats, self.checkpoint, name, ref.dtype, dtype)
+        read = partial(_floats, self.checkpoint, name, dtype)
         work = ref.nbytes + _WORK_BYTES
         return self._add(name, dtype, tuple(ref.shape), read, (name,), work)
 
@@ -153,17 +153,23 @@ def _codes(tensor: BlockTensor, operator: str) -> Iterator[Array]:
         yield to_onnx(packed[start : start + rows], tensor.spec.codebook, operator, tensor.spec.block_size)
 
 
-def _floats(checkpoint: Checkpoint, name: str, source: str, dtype: str) -> Iterator[Array]:
-    """Yield a floating-point tensor in another dtype."""
+def float_chunks(checkpoint: Checkpoint, name: str) -> Iterator[NDArray[np.float32]]:
+    """Yield the elements of a tensor that is not quantised as float32, exactly, a few megabytes at a time."""
     raw = checkpoint.plain_raw(name).reshape(-1)
+    is_bf16 = checkpoint.plain[name].dtype == "BF16"
     step = _CHUNK_BYTES // 4
     for start in range(0, raw.size, step):
         chunk = raw[start : start + step]
-        if source == "BF16":  # the upper half of a float32
-            values = (chunk.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        if is_bf16:  # the upper half of a float32
+            yield (chunk.astype(np.uint32) << np.uint32(16)).view(np.float32)
         else:
-            values = chunk.astype(np.float32, copy=False)
-        yield _rounded(values, dtype, name)
+            yield chunk.astype(np.float32, copy=False)
+
+
+def _floats(checkpoint: Checkpoint, name: str, dtype: str) -> Iterator[Array]:
+    """Yield the elements in another dtype."""
+    for chunk in float_chunks(checkpoint, name):
+        yield _rounded(chunk, dtype, name)
 
 
 def _rounded(values: NDArray[np.float32], dtype: str, where: str) -> Array:
