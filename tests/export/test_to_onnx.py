@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx.reference import ReferenceEvaluator
 from tiny_checkpoints import write_tiny_checkpoint
 from tiny_onnx import OnnxRunner, nmse
 from tolerance import NMSE_FLOAT16_TINY, NMSE_FLOAT32
 
 import irq_export
+from irq_export.cli import main
 from irq_export.export.onnx import plan_onnx, to_onnx
 from irq_export.iec import attach, random_adapter
 from irq_formats.adapter import Adapter
@@ -316,3 +318,19 @@ def test_two_block_sizes_of_one_codebook_need_profile_stock(tmp_path, made):
 def test_contradictions_are_refused(options, made, tmp_path):
     with pytest.raises(UsageError):
         to_onnx(made(), tmp_path / "o", **options)
+
+
+def test_command_line(made, tmp_path):
+    save_adapter(made(), tmp_path / "a", rank=2, seed=7)
+    call = ["to-onnx", str(made()), "-o", str(tmp_path / "o"), "--adapter", str(tmp_path / "a"), "--json"]
+    dry = CliRunner().invoke(main, [*call, "--dry-run"])
+    assert dry.exit_code == 0
+    assert not (tmp_path / "o").exists()
+    run = CliRunner().invoke(main, call)
+    assert run.exit_code == 0
+    plan, result = json.loads(dry.stdout), json.loads(run.stdout)
+    written = {file["path"]: file["bytes"] for file in result["files"]}
+    for file in plan["files"][:2]:
+        assert written[file["path"]] == file["bytes"]
+    assert result["read_back"] == {"exact": 7 + 14 * 3 + 14 * 2, "rounded": 0}  # plain, blocks, adapter
+    assert CliRunner().invoke(main, call).exit_code == OutputExists.exit_code

@@ -15,13 +15,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from irq_formats.errors import MalformedFile, UsageError
+from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.files import FixedFile, open_fixed
 
-__all__ = ["DATA_NAME", "MODEL_NAME", "OnnxModel", "StoredTensor", "open_model"]
+__all__ = ["DATA_NAME", "FORMAT_VERSION", "MODEL_NAME", "OnnxModel", "StoredTensor", "open_model"]
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
+#: Version of the layout, metadata ``irq.version``.
+FORMAT_VERSION = "1"
 
 #: A graph of 512 layers takes some 10 MB; more is no graph of ours.
 _MAX_GRAPH_BYTES = 256 << 20
@@ -111,6 +113,7 @@ def open_model(path: str | Path) -> OnnxModel:
     Raises:
         UsageError: There is no such file.
         MalformedFile: It is no ONNX model, or its external data breaks spec/irq-onnx.md, section 4.
+        UnsupportedModel: It is not of a version this library knows.
     """
     path = Path(path)
     path = path / MODEL_NAME if path.is_dir() else path
@@ -122,6 +125,13 @@ def open_model(path: str | Path) -> OnnxModel:
     except Exception as error:  # protobuf's own, which differs between its versions
         raise MalformedFile("is not an ONNX model", where=path, got=str(error)[:80]) from error
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    if (version := metadata.get("irq.version")) != FORMAT_VERSION:
+        raise UnsupportedModel(
+            "not an ONNX model of irq-export, or of a later version",
+            where=path,
+            expected=f"irq.version {FORMAT_VERSION}",
+            got=version,
+        )
     external = [
         tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
     ]

@@ -23,15 +23,12 @@ from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import ParityFailed, UsageError
 from irq_formats.manifest import write_manifest
 from irq_formats.onnx.data_file import data_offsets, write_data
-from irq_formats.onnx.model_file import DATA_NAME, MODEL_NAME
+from irq_formats.onnx.model_file import DATA_NAME, FORMAT_VERSION, MODEL_NAME
 
 __all__ = ["OnnxResult", "plan_onnx", "to_onnx"]
 
 #: Called with (bytes done, bytes in all, name of the tensor written).
 Progress = Callable[[int, int, str], None]
-
-#: Version of this layout (spec/irq-onnx.md).
-_VERSION = "1"
 
 
 @dataclass(frozen=True)
@@ -219,7 +216,7 @@ class _Export:
     def _manifest(self) -> dict[str, object]:
         return {
             "kind": "irq-onnx",
-            "version": int(_VERSION),
+            "version": int(FORMAT_VERSION),
             "base_hash": self.checkpoint.base_hash,
             "profile": self.options.profile,
             "adapters": {adapter.name: {"base_hash": adapter.base_hash} for adapter in self.adapters},
@@ -256,7 +253,7 @@ class _Export:
 
 def _metadata(checkpoint: Checkpoint, options: OnnxOptions) -> dict[str, str]:
     return {
-        "irq.version": _VERSION,
+        "irq.version": FORMAT_VERSION,
         "irq.profile": options.profile,
         "irq.attention": options.attention,
         "irq.base_hash": checkpoint.base_hash,
