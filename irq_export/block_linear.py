@@ -212,7 +212,7 @@ class _BlockLinear(torch.autograd.Function):
     """``x W^T + bias + (x a^T) b^T``; see :func:`block_linear`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, *fields: Any
     ) -> Tensor:
         weight, hidden = decode(Parts(*fields), x.dtype), None

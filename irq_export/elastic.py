@@ -38,7 +38,7 @@ class _ElasticWeight(torch.autograd.Function):
     """See :func:`elastic_weight`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, weight: Tensor, beta: Tensor, scaling: float, dtype: torch.dtype
     ) -> Tensor:
         ctx.dtype, ctx.scaling = weight.dtype, scaling
