@@ -276,6 +276,21 @@ class TestSequences:
         assert nmse(got, np.stack(expected)) < NMSE_FLOAT32
         assert [cache.length for cache in together] == [4, 21, 3]
 
+    @pytest.mark.parametrize("mode", ["exact", "fast"])
+    def test_up_to_eight_decode_as_alone(self, irq_file: Path, mode: str) -> None:
+        """To the bit, adapters included."""
+        engine = Engine(irq_file, mode=mode)
+        prompts = [[n, 3 * n, 2] for n in range(1, 9)]
+        for count in range(1, 9):
+            together, alone = ([engine.new_cache() for _ in range(count)] for _ in range(2))
+            for prompt, *caches in zip(prompts, together, alone, strict=False):
+                for cache in caches:
+                    engine.step(prompt, cache)
+            tokens = list(range(40, 40 + count))
+            expected = [engine.step([token], cache)[0] for token, cache in zip(tokens, alone, strict=True)]
+            got = engine.step_each(tokens, together)
+            assert np.array_equal(got, np.stack(expected))
+
     def test_truncate(self, irq_file: Path) -> None:
         engine = Engine(irq_file)
         cache = engine.new_cache()

@@ -2,7 +2,7 @@
 
 One thread owns the engine (:mod:`~irq_runtime.serve.scheduler`): it decodes all running texts together and
 reads new prompts in between, a chunk at a time. The HTTP side (:mod:`~irq_runtime.serve.app`) only parses,
-queues and formats. With up to four texts at a time, what a request gets does not depend on the others.
+queues and formats. With up to eight texts at a time, what a request gets does not depend on the others.
 Needs the extra ``serve`` (FastAPI and uvicorn); never torch.
 """
 

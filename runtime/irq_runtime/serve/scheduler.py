@@ -4,7 +4,7 @@ A turn admits waiting jobs to free slots, reads one chunk of the oldest unfinish
 token of every text whose prompt has been read, all in one pass over the weights. So a long prompt delays the
 others by a chunk a token at most.
 
-A text does not depend on its neighbours, to the bit: with at most four of them the engine computes each row
+A text does not depend on its neighbours, to the bit: with at most eight texts the engine computes each row
 of a pass with the same operations as alone (with more it sums in another order), and prompts are cut at
 multiples of the chunk, whatever else is going on. A slot keeps what it has read: a prompt that begins like
 an earlier one skips the whole chunks they share, which were computed by the same operations too.
