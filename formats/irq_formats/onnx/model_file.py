@@ -27,7 +27,7 @@ FORMAT_VERSION = "1"
 
 #: A graph of 512 layers takes some 10 MB; more is no graph of ours.
 _MAX_GRAPH_BYTES = 256 << 20
-_DTYPES = {
+_DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.UINT8: "uint8",

@@ -119,11 +119,22 @@ def _stock_product(
     k: Attribute,
 ) -> ir.Value:
     """A product that onnxruntime has, and tau times the sums of A over blocks."""
-    shape: dict[str, Attribute] = {"K": k, "N": n, "block_size": operator.block_size}
+    block_size = operator.block_size
     if operator.codebook == "nf4":
-        product = ops("MatMulBnb4", a, codes, scale, domain=CONTRIB, quant_type=1, **shape)
+        product = ops(
+            "MatMulBnb4", a, codes, scale, domain=CONTRIB, K=k, N=n, block_size=block_size, quant_type=1
+        )
     else:
-        product = ops("MatMulNBits", a, codes, scale, domain=CONTRIB, bits=4, accuracy_level=0, **shape)
+        product = ops(
+            "MatMulNBits",
+            *(a, codes, scale),
+            domain=CONTRIB,
+            K=k,
+            N=n,
+            block_size=block_size,
+            bits=4,
+            accuracy_level=0,
+        )
     annotate(product, operator.dtype)
     if tau is None:
         return product
@@ -209,7 +220,8 @@ def _three_bits(operator: Operator, ops: Ops, index: ir.Value) -> ir.Value:
 def _table(operator: Operator, levels: NDArray[np.float32]) -> NDArray[np.generic]:
     """The four levels that each byte of 2-bit codes stands for, ``(256, 4)``."""
     codes = (np.arange(256)[:, None] >> np.arange(0, 8, 2)) & 3
-    return levels[codes].astype(operator.dtype)
+    table: NDArray[np.generic] = levels[codes].astype(operator.dtype)
+    return table
 
 
 _BYTE_TABLES: dict[str, Callable[[Operator, Ops, ir.Value], ir.Value]] = {

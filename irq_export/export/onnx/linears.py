@@ -176,13 +176,16 @@ class LinearWriter:
             return None
         n, k = self._shape(module)
         rank = f"{module}.rank"
-        slot = []
-        for name, shape, empty in ((names[0], [k, rank], (k, 0)), (names[1], [rank, n], (0, n))):
-            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(DTYPES[dtype]))
-            value.const_value = ir.Tensor(np.zeros(empty, dtype), name=name)
-            slot.append(value)
-        self.slot_values += slot
-        return slot[0], slot[1]
+        a = self._slot(names[0], [k, rank], np.zeros((k, 0), dtype))
+        return a, self._slot(names[1], [rank, n], np.zeros((0, n), dtype))
+
+    def _slot(self, name: str, shape: list[int | str], default: NDArray[np.generic]) -> ir.Value:
+        """Return a graph input with a default."""
+        kind = ir.TensorType(DTYPES[self.weights.dtype])
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
+        value.const_value = ir.Tensor(default, name=name)
+        self.slot_values.append(value)
+        return value
 
     def _shape(self, module: str) -> tuple[int, int]:
         checkpoint = self.weights.checkpoint
