@@ -84,7 +84,9 @@ def difference(first: Measure, second: Measure) -> Difference:
     Raises:
         UsageError: The measures are not of the same samples.
     """
-    same_groups = np.array_equal(first.groups, second.groups) if first.groups is not None else True
+    same_groups = first.groups is None or (
+        second.groups is not None and np.array_equal(first.groups, second.groups)
+    )
     if first.name != second.name or first.samples.shape != second.samples.shape or not same_groups:
         raise UsageError(
             "the measures cannot be paired",

@@ -75,7 +75,8 @@ def test_scores_are_those_of_lm_eval(
     file = tmp_path / name / f"{split}.jsonl"
     file.parent.mkdir()
     file.write_text("\n".join(map(json.dumps, ROWS[name])))
-    local = datasets.DatasetDict({split: datasets.Dataset.from_list(ROWS[name])})
+    rows = datasets.Dataset.from_list(ROWS[name])
+    local = datasets.DatasetDict(dict.fromkeys(["train", "validation", "test"], rows))
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: local)
     theirs = lm_eval.simple_evaluate(
         model=HarnessModel(model),
