@@ -62,12 +62,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EvaluatedModel]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+def manager() -> object:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+@pytest.mark.slow(reason="lm_eval indexes thousands of task files and compiles templates: a minute")
 @pytest.mark.parametrize("name", ROWS)
 def test_scores_are_those_of_lm_eval(
-    name: str, model: EvaluatedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, model: EvaluatedModel, manager: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
-    from lm_eval.tasks import TaskManager
 
     from irq_export.evaluate.lm_eval_model import HarnessModel
 
@@ -81,7 +88,7 @@ def test_scores_are_those_of_lm_eval(
     theirs = lm_eval.simple_evaluate(
         model=HarnessModel(model),
         tasks=[name],
-        task_manager=TaskManager(),
+        task_manager=manager,
         bootstrap_iters=0,
         log_samples=True,
     )
@@ -94,11 +101,7 @@ def test_scores_are_those_of_lm_eval(
         samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
         assert [sample[measure.name] for sample in samples] == measure.samples.tolist()
         assert theirs["results"][name][f"{measure.name},none"] == pytest.approx(measure.value)
-        texts = [
-            [(sample["arguments"][f"gen_args_{i}"][f"arg_{j}"]) for j in (0, 1)]
-            for sample in samples
-            for i in range(len(sample["arguments"]))
-        ]
+        texts = [list(pair) for sample in samples for pair in sample["arguments"]]
         ours = [
             [context, f" {choice}"]
             for question in task.questions
