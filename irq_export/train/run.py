@@ -32,7 +32,7 @@ from irq_export.peft_iec import LINEARS, IrqLoraConfig
 from irq_export.quantizer import load_model
 from irq_export.train.callbacks import MetricsCallback, OrderCallback, Report, StateCallback
 from irq_export.train.config import TrainConfig
-from irq_export.train.dataset import Collator, EpochOrder, load_rows
+from irq_export.train.dataset import Collator, EpochOrder, Rows, load_rows
 from irq_export.train.run_dir import RunDir
 from irq_formats.adapter import Adapter
 from irq_formats.errors import UsageError
@@ -115,31 +115,26 @@ def train(
     started = time.monotonic()
     run = RunDir(Path(config.output))
     arguments = _arguments(config, run)
+    on_cuda = arguments.device.type == "cuda"  # asking for the device sets up the processes
     place = PartialState()
     say_once = say if place.is_main_process else lambda line: None
+    if place.is_main_process:
+        run.check_target(resume=resume)
+    place.wait_for_everyone()
+    tokenizer = _tokenizer(run.path if run.path.is_dir() else Path(config.model))
+    rows, held_out = _data(config, tokenizer, say_once)  # refused before the model is touched
     with place.main_process_first():
-        base_hash = run.prepare(config, resume=resume or not place.is_main_process, progress=report)
-    tokenizer = AutoTokenizer.from_pretrained(str(run.path), local_files_only=True)
-    rows = load_rows(config.data, tokenizer, config)
-    held_out = (
-        load_rows(config.eval_data, tokenizer, replace(config, max_examples=None))
-        if config.eval_data
-        else None
-    )
-    for note in (*rows.notes, *(held_out.notes if held_out else ())):
-        say_once(note)
+        base_hash = run.prepare(config, device=arguments.device.type, progress=report)
+    state = None
     with place.main_process_first():
         if place.is_main_process:
             run.record(config, {"base_hash": base_hash, "data_sha256": rows.digest()}, resume=resume)
-    state = run.latest_state() if resume and place.is_main_process else None
-    place.wait_for_everyone()
-    if resume and not place.is_main_process:
-        state = run.latest_state()
-    step = int(state.name.removeprefix("checkpoint-")) if state else 0
+        if resume:
+            state = run.latest_state()
     if place.is_main_process:
-        run.cut_metrics(step)
+        run.cut_metrics(_step(state))
     if state:
-        say_once(f"resuming after step {step}")
+        say_once(f"resuming after step {_step(state)}")
     model = _model(config, run, verify=place.is_main_process)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     say_once(f"{trainable:,} parameters to train, base hash {base_hash}")
@@ -159,18 +154,7 @@ def train(
         ],
     )
     result = trainer.train(resume_from_checkpoint=str(state) if state else None)
-    last = run.latest_state() if place.is_main_process else None
-    betas = 0.0
-    if last is not None:
-        adapter = read_peft_adapter(last)
-        betas = max(max(abs(layer.beta1), abs(layer.beta2)) for layer in adapter.layers.values())
-        meta = {**adapter.meta, "lora_dropout": config.dropout}
-        write_peft_adapter(
-            run.adapter,
-            Adapter(adapter.layers, base_hash, meta),
-            base_model_name=run.path.resolve().name,
-            overwrite=True,
-        )
+    betas = _write_adapter(run, base_hash, config) if place.is_main_process else 0.0
     place.wait_for_everyone()
     logs = trainer.state.log_history
     return TrainReport(
@@ -182,8 +166,39 @@ def train(
         trainable=trainable,
         betas=betas,
         seconds=time.monotonic() - started,
-        peak_bytes=torch.cuda.max_memory_allocated() if arguments.device.type == "cuda" else None,
+        peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
     )
+
+
+def _tokenizer(path: Path) -> Any:
+    return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+
+
+def _data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> tuple[Rows, Rows | None]:
+    """Read training and held-out data, and say what they are."""
+    rows = load_rows(config.data, tokenizer, config)
+    held_out = None
+    if config.eval_data:
+        held_out = load_rows(config.eval_data, tokenizer, replace(config, max_examples=None))
+    for note in (*rows.notes, *(held_out.notes if held_out else ())):
+        say(note)
+    return rows, held_out
+
+
+def _step(state: Path | None) -> int:
+    """Steps done in a resumable state."""
+    return int(state.name.removeprefix("checkpoint-")) if state else 0
+
+
+def _write_adapter(run: RunDir, base_hash: str, config: TrainConfig) -> float:
+    """Put the adapter of the last state where exporters look; return the largest magnitude of a beta."""
+    last = run.latest_state()
+    if last is None:
+        raise UsageError("the run saved no state", where=run.state)
+    adapter = read_peft_adapter(last)
+    final = Adapter(adapter.layers, base_hash, {**adapter.meta, "lora_dropout": config.dropout})
+    write_peft_adapter(run.adapter, final, base_model_name=run.path.resolve().name, overwrite=True)
+    return max(max(abs(layer.beta1), abs(layer.beta2)) for layer in adapter.layers.values())
 
 
 def bytes_per_value(config: TrainConfig) -> int:

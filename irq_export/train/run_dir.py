@@ -63,24 +63,35 @@ class RunDir:
         """One JSON object a line."""
         return self.state / "metrics.jsonl"
 
+    def check_target(self, *, resume: bool) -> None:
+        """Check the directory before any work.
+
+        Raises:
+            OutputExists: It exists and the run is not resumed.
+        """
+        if self.path.exists() and not resume:
+            raise OutputExists(
+                "output exists", where=self.path, hint="Continue it with --resume, or choose another name"
+            )
+
     def prepare(
-        self, config: TrainConfig, *, resume: bool, progress: Callable[[int, int, str], None] | None
+        self, config: TrainConfig, *, device: str, progress: Callable[[int, int, str], None] | None
     ) -> str:
-        """Write the base, unless it is there from a run that is resumed.
+        """Write the base, unless it is there already.
+
+        Args:
+            config: Says which model, and how it is quantised.
+            device: Where to search.
+            progress: Called with (tensors done, tensors in all, name).
 
         Returns:
             Its base hash.
 
         Raises:
-            OutputExists: The directory exists and the run is not resumed.
             UsageError: There is no model.
             PreflightRefused: The disk has no room.
         """
         if self.path.exists():
-            if not resume:
-                raise OutputExists(
-                    "output exists", where=self.path, hint="Continue it with --resume, or choose another name"
-                )
             return open_checkpoint(self.path, verify=False).base_hash
         source = Path(config.model)
         if is_quantized(source):
@@ -88,7 +99,7 @@ class RunDir:
             return open_checkpoint(self.path, verify=False).base_hash
         from irq_export.quantize_model import quantize
 
-        report = quantize(source, self.path, progress=progress, **quantize_settings(config))
+        report = quantize(source, self.path, device=device, progress=progress, **quantize_settings(config))
         return report.base_hash
 
     def _copy_checkpoint(self, source: Path) -> None:
