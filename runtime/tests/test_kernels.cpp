@@ -151,9 +151,10 @@ void check(const Weight &weight, irq::Isa isa) {
             irq::set_active_isa(irq::Isa::scalar);
             const std::vector<float> expected = product(w, x, tokens, mode);
             irq::set_active_isa(isa);
-            // The integers of a fast gemv agree; a fast gemm may be more exact than the scalar one, by up
-            // to what fast mode may err (tests/tolerance.py, KERNEL_FAST_NMSE, uniform inputs).
-            const double allowed = mode == irq::Mode::fast && tokens > 1 ? 1e-4 : 1e-11;
+            // The integers agree; only the fast gemm of NEON computes in float32, more exact than the scalar
+            // one by the rounding of its inputs (tests/tolerance.py, KERNEL_FAST_NMSE).
+            const bool floats = isa == irq::Isa::neon && mode == irq::Mode::fast && tokens > 1;
+            const double allowed = floats ? 5e-7 : 1e-11;
             expect(nmse(y, expected) <= allowed, weight.name + " times " + std::to_string(tokens) +
                                                      (mode == irq::Mode::exact ? " exact" : " fast"));
         }

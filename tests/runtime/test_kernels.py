@@ -183,13 +183,13 @@ def test_fast_products(isa: str, name: str, block_size: int, tokens: int) -> Non
     x = inputs(tokens, case.weight.shape[1]).astype(np.float64)
     expected = x @ case.weight.astype(np.float64).T
     actual = case.native.matmul(x.astype(np.float32), "fast", 2)
-    # An input is off by half a step of its group, d / 2 = max / 254; a level by at most TABLE_ERROR of the
-    # largest; their product and float32 rounding by less than a hundredth of the two together.
-    padded = np.zeros((tokens, -(-x.shape[1] // 32) * 32))
+    # An input is off by half a step of its span, d / 2 = max / 4094; a level by at most half a step of the
+    # table, 1 / 32766 of the largest; their product and float32 rounding by less than a hundredth of the two.
+    padded = np.zeros((tokens, -(-x.shape[1] // 64) * 64))
     padded[:, : x.shape[1]] = np.abs(x)
-    half_step = np.repeat(padded.reshape(tokens, -1, 32).max(axis=2) / 254, 32, axis=1)[:, : x.shape[1]]
+    half_step = np.repeat(padded.reshape(tokens, -1, 64).max(axis=2) / 4094, 64, axis=1)[:, : x.shape[1]]
     largest = np.abs(case.terms).reshape(71, -1, block_size).max(axis=2).repeat(block_size, axis=1)
-    table_error = 0.0 if name.startswith("int") else 0.0045
+    table_error = 0.0 if name.startswith("int") else 1 / 32766
     bound = 1.01 * (half_step @ case.terms.T + np.abs(x) @ (table_error * 2 * largest).T)
     rounding = UNIT_ROUNDOFF * x.shape[1] * (np.abs(x) @ (2 * largest + np.abs(case.tau)).T)
     assert (np.abs(actual - expected) <= bound + rounding).all()

@@ -4,8 +4,8 @@
 //   Activations  the inputs, prepared once and shared by every matrix that reads them (q/k/v, gate/up)
 //   gemv, gemm   any range of rows: threads split the rows, nothing is shared but read-only memory
 //
-// Two modes. `exact`: float32 weights by table look-up, float32 sums. `fast`: inputs rounded to int8 in
-// groups of 32, 8-bit tables, integer sums inside a block, float32 across blocks; float carriers (f32,
+// Two modes. `exact`: float32 weights by table look-up, float32 sums. `fast`: inputs rounded to 12 bits in
+// groups of 64, 16-bit tables, integer sums inside a block, float32 across blocks; float carriers (f32,
 // f16, bf16) are exact in both. No function here allocates, except the constructor of Activations.
 // Pointers need only their element's alignment. Arrays are dense and row-major.
 #pragma once
@@ -55,21 +55,21 @@ Matrix stock_matrix(Format format, std::size_t rows, std::size_t columns, const 
 
 enum class Mode : std::uint8_t { exact, fast };
 
-inline constexpr std::size_t group_size = 32;  // inputs that share one int8 scale
+inline constexpr std::size_t group_size = 32;  // the smaller block: inputs have a sum for each
+inline constexpr std::size_t span_size = 64;   // the larger block: a sum and one integer scale for each
 inline constexpr std::size_t row_tile = 32;    // row ranges for threads are best cut at multiples of this
 
-// One input vector. The last four are null in exact mode.
+// One input vector. The last two are null in exact mode.
 struct TokenInput {
-    float *x;                  // (stride,)
-    float *sum;                // (groups,): of x
-    float *scale;              // (groups,): x is about scale * code
-    float *code_sum;           // (groups,): scale * code_total
-    std::int32_t *code_total;  // (groups,): sum of codes
-    std::int8_t *codes;        // (stride,), -127 to 127
+    float *x;             // (stride,)
+    float *sum;           // (stride / 32,): of x
+    float *span_sum;      // (stride / 64,): of x
+    float *scale;         // (stride / 64,): x is about scale * code
+    std::int16_t *codes;  // (stride,), -2047 to 2047
 };
 
-// Input vectors ready for products. Rows are padded with zeros to a multiple of 64 columns; groups of
-// 32 columns have their sums beside them, because a block's offset meets its inputs only through their sum.
+// Input vectors ready for products. Rows are padded with zeros to a multiple of 64 columns; the columns of
+// every block have their sum beside them, because a block's offset meets its inputs only through it.
 class Activations {
   public:
     Activations(std::size_t max_tokens, std::size_t max_columns, Mode mode);  // the one allocation
@@ -89,7 +89,6 @@ class Activations {
     std::size_t tokens() const { return tokens_; }
     std::size_t columns() const { return columns_; }
     std::size_t stride() const { return stride_; }             // columns, padded
-    std::size_t groups() const { return stride_ / group_size; }
     Mode mode() const { return mode_; }
 
     TokenInput token(std::size_t t) const;

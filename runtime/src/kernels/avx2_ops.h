@@ -1,8 +1,7 @@
 // The vector operations of AVX2 with FMA and F16C, 8 floats wide.
 //
-// Exact: a register holds 8 floats, so 16 levels are two vpermps and a blend by bit 3. Fast: maddubs adds
-// pairs of u8 * s8 in 16 bits and saturates, so codes are taken signed, at most 128 in magnitude:
-// |code| * (x with the code's sign) <= 2 * 128 * 127 fits.
+// Exact: a register holds 8 floats, so 16 levels are two vpermps and a blend by bit 3. Fast: pshufb looks
+// the two bytes of a weight's code up, unpacking joins them to words, pmaddwd multiplies and adds pairs.
 #pragma once
 
 #include <immintrin.h>
@@ -14,7 +13,7 @@ namespace {
 
 struct Avx2 {
     using Vec = __m256;
-    static constexpr std::size_t width = 8, tile_rows = 2, tile_tokens = 4;
+    static constexpr std::size_t width = 8, tile_rows = 2, tile_tokens = 4, code_tokens = 4;
 
     static Vec zero() { return _mm256_setzero_ps(); }
     static Vec set1(float v) { return _mm256_set1_ps(v); }
@@ -25,7 +24,6 @@ struct Avx2 {
     static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
     static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
     static Vec abs(Vec v) { return _mm256_andnot_ps(set1(-0.0f), v); }
-    static Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static float sum(Vec v) {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -36,10 +34,15 @@ struct Avx2 {
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));
         return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
     }
-    static void store_int8(std::int8_t *p, Vec whole) {
-        const __m256i dwords = _mm256_cvtps_epi32(whole);
+    // The sums of four vectors.
+    static void sums(const Vec v[4], float out[4]) {
+        const Vec pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    }
+    static void store_int16(std::int16_t *p, Vec v) {  // to the nearest, ties to even
+        const __m256i dwords = _mm256_cvtps_epi32(v);
         const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packs_epi16(words, words));
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(p), words);
     }
 
     // The first n (any number) of 8 floats, zeros behind them.
@@ -51,13 +54,6 @@ struct Avx2 {
     static Vec add_product(Vec a, const float *p, std::size_t n, Vec c) {
         return fma(_mm256_and_ps(a, _mm256_castsi256_ps(first(n))), load_part(p, n), c);
     }
-    // a0 a0 a1 a1 ...
-    static void twice(Vec v, Vec out[2]) {
-        const Vec low = _mm256_unpacklo_ps(v, v), high = _mm256_unpackhi_ps(v, v);
-        out[0] = _mm256_permute2f128_ps(low, high, 0x20);
-        out[1] = _mm256_permute2f128_ps(low, high, 0x31);
-    }
-
     static __m256i counting() { return _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0); }
     static __m128i load64(const void *p) { return _mm_loadl_epi64(static_cast<const __m128i *>(p)); }
     static __m128i load128(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
@@ -127,23 +123,20 @@ struct Avx2 {
         return look_up<L>(_mm256_or_si256(_mm256_and_si256(low_bits, three), upper), table);
     }
 
-    // The levels of 64 weights in order: of one block of 64 or two of 32.
+    // The levels of one block, in order.
     template <class L>
-    static void decode(const std::uint8_t *p, const Levels &table, Vec out[8]) {
-        constexpr int blocks = 64 / L::block, per_block = L::block / 8;
-        for (int b = 0; b < blocks; ++b, p += L::stride, out += per_block) {
-            if constexpr (L::bits == 8) {
-                for (int i = 0; i < 4; ++i) out[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load64(p + 8 * i)));
-            } else {
-                constexpr int planes = L::bits == 4 ? 2 : 4, per_plane = per_block / planes;
-                constexpr int plane_bits = 8 / planes;
-                for (int i = 0; i < per_plane; ++i) {
-                    const __m256i bytes = _mm256_cvtepu8_epi32(load64(p + 8 * i));
-                    for (int k = 0; k < planes; ++k) {
-                        const int at = k * per_plane + i;
-                        const unsigned high = L::bits == 3 ? p[L::block / 4 + at] : 0u;
-                        out[at] = plane<L>(_mm256_srli_epi32(bytes, plane_bits * k), table, high);
-                    }
+    static void decode(const std::uint8_t *p, const Levels &table, Vec out[L::block / 8]) {
+        if constexpr (L::bits == 8) {
+            for (int i = 0; i < 4; ++i) out[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load64(p + 8 * i)));
+        } else {
+            constexpr int planes = L::bits == 4 ? 2 : 4, per_plane = L::block / 8 / planes;
+            constexpr int plane_bits = 8 / planes;
+            for (int i = 0; i < per_plane; ++i) {
+                const __m256i bytes = _mm256_cvtepu8_epi32(load64(p + 8 * i));
+                for (int k = 0; k < planes; ++k) {
+                    const int at = k * per_plane + i;
+                    const unsigned high = L::bits == 3 ? p[L::block / 4 + at] : 0u;
+                    out[at] = plane<L>(_mm256_srli_epi32(bytes, plane_bits * k), table, high);
                 }
             }
         }
@@ -151,21 +144,22 @@ struct Avx2 {
 
     // --- fast ---
 
+    using Words = __m256i;     // 16 of 16 bits
+    using Products = __m256i;  // 8 of 32 bits
+
     struct Codes {
-        __m256i table;  // signed
+        __m256i low, high;  // bytes of the codes
     };
 
     template <class L>
     static Codes codes(const CodeTable &table) {
-        const __m128i bytes = _mm_sub_epi8(load128(table.code), _mm_set1_epi8(static_cast<char>(table.bias)));
-        return {_mm256_broadcastsi128_si256(bytes)};
-    }
-
-    static float code_offset(const CodeTable &table) {
-        return table.offset + table.step * static_cast<float>(table.bias);
+        const __m256i even_odd = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0f0d0b0907050301, 0x0e0c0a0806040200));
+        const __m256i split = _mm256_shuffle_epi8(load256(table.code), even_odd);  // 8 low, 8 high; twice
+        return {_mm256_permute4x64_epi64(split, 0x88), _mm256_permute4x64_epi64(split, 0xdd)};
     }
 
     static __m256i join(__m128i low, __m128i high) { return _mm256_set_m128i(high, low); }
+    static __m256i swap_middle(__m256i v) { return _mm256_permute4x64_epi64(v, 0xd8); }  // quadwords 0 2 1 3
 
     // 4 in every byte whose bit is set.
     static __m256i spread_bits(std::uint32_t bits) {
@@ -175,56 +169,75 @@ struct Avx2 {
         return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(bytes, each), each), _mm256_set1_epi8(4));
     }
 
-    // 2 * 32 signed codes in order: of one block of 64 or two of 32.
+    // The codes of one block as bytes, the middle quadwords of every 32 swapped; above them other bits.
     template <class L>
-    static void unpack(const std::uint8_t *p, const Codes &codes, __m256i out[2]) {
-        const std::uint8_t *second = p + L::stride;
-        if constexpr (L::bits == 8) {
-            out[0] = load256(p);
-            out[1] = load256(second);
-            return;
-        }
+    static void split(const std::uint8_t *p, __m256i out[L::block / 32]) {
         if constexpr (L::bits == 4 && L::block == 64) {
-            out[0] = load256(p);
+            out[0] = swap_middle(load256(p));
             out[1] = _mm256_srli_epi16(out[0], 4);
         } else if constexpr (L::bits == 4) {
-            const __m128i a = load128(p), b = load128(second);
-            out[0] = join(a, _mm_srli_epi16(a, 4));
-            out[1] = join(b, _mm_srli_epi16(b, 4));
+            const __m128i low = load128(p), high = _mm_srli_epi16(low, 4);
+            out[0] = join(_mm_unpacklo_epi64(low, high), _mm_unpackhi_epi64(low, high));
         } else if constexpr (L::block == 64) {
-            const __m128i a = load128(p);
-            out[0] = join(a, _mm_srli_epi16(a, 2));
-            out[1] = join(_mm_srli_epi16(a, 4), _mm_srli_epi16(a, 6));
+            const __m256i twice = swap_middle(_mm256_broadcastsi128_si256(load128(p)));
+            out[0] = _mm256_srlv_epi64(twice, _mm256_setr_epi64x(0, 2, 0, 2));
+            out[1] = _mm256_srli_epi16(out[0], 4);
         } else {
-            const std::uint8_t *blocks[2] = {p, second};
-            for (int i = 0; i < 2; ++i) {
-                const __m256i a = _mm256_set1_epi64x(load_as<std::int64_t>(blocks[i]));
-                out[i] = _mm256_srlv_epi64(a, _mm256_set_epi64x(6, 4, 2, 0));
-            }
-        }
-        const __m256i mask = _mm256_set1_epi8(L::bits == 4 ? 15 : 3);
-        for (int i = 0; i < 2; ++i) {
-            __m256i code = _mm256_and_si256(out[i], mask);
-            if constexpr (L::bits == 3) {
-                const std::uint8_t *high = L::block == 64 ? p + 16 + 4 * i : p + L::stride * i + 8;
-                code = _mm256_or_si256(code, spread_bits(load_as<std::uint32_t>(high)));
-            }
-            out[i] = _mm256_shuffle_epi8(codes.table, code);
+            const __m256i bytes = _mm256_set1_epi64x(load_as<std::int64_t>(p));
+            out[0] = _mm256_srlv_epi64(bytes, _mm256_setr_epi64x(0, 4, 2, 6));
         }
     }
 
-    // total + scale[0] * (codes . x) of the first 32 and scale[1] * (codes . x) of the second.
+    // The weight codes of one block, in order.
     template <class L>
-    static Vec dot(const std::uint8_t *p, const Codes &codes, const std::int8_t *x, const float *scale, Vec total) {
-        __m256i code[2];
-        unpack<L>(p, codes, code);
-        for (int i = 0; i < 2; ++i) {
-            const __m256i signed_x = _mm256_sign_epi8(load256(x + 32 * i), code[i]);
-            const __m256i words = _mm256_maddubs_epi16(_mm256_abs_epi8(code[i]), signed_x);
-            const __m256i dwords = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
-            total = fma(_mm256_cvtepi32_ps(dwords), set1(scale[i]), total);
+    static void unpack(const std::uint8_t *p, const Codes &table, Words out[L::block / 16]) {
+        if constexpr (L::bits == 8) {
+            for (int i = 0; i < 2; ++i) out[i] = _mm256_cvtepi8_epi16(load128(p + 16 * i));
+        } else {
+            __m256i codes[L::block / 32];
+            split<L>(p, codes);
+            for (int i = 0; i < L::block / 32; ++i) {
+                __m256i index = _mm256_and_si256(codes[i], _mm256_set1_epi8(L::bits == 4 ? 15 : 3));
+                if constexpr (L::bits == 3) {
+                    const auto high = load_as<std::uint32_t>(p + L::block / 4 + 4 * i);
+                    index = _mm256_or_si256(index, swap_middle(spread_bits(high)));
+                }
+                const __m256i low = _mm256_shuffle_epi8(table.low, index);
+                const __m256i high = _mm256_shuffle_epi8(table.high, index);
+                out[2 * i] = _mm256_unpacklo_epi8(low, high);
+                out[2 * i + 1] = _mm256_unpackhi_epi8(low, high);
+            }
         }
-        return total;
+    }
+
+    static Words load_words(const std::int16_t *p) { return load256(p); }
+    static void store_words(std::int16_t *p, Words v) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), v); }
+    static Words two_words(const std::int16_t *p) { return _mm256_set1_epi32(load_as<std::int32_t>(p)); }
+    static Products no_products() { return _mm256_setzero_si256(); }
+    // sum[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]
+    static Products add_products(Products sum, Words a, Words b) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    }
+    static Vec to_float(Products sum) { return _mm256_cvtepi32_ps(sum); }
+
+    // Rows of 8 dwords become columns.
+    static void transpose(__m256i v[8]) {
+        __m256i t[8];
+        for (int i = 0; i < 8; i += 2) {
+            t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]);
+            t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {  // v[i + c]: column c of each 128-bit lane, rows i..i+3
+            v[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+            v[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+            v[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+            v[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        for (int c = 0; c < 4; ++c) {
+            t[c] = _mm256_permute2x128_si256(v[c], v[4 + c], 0x20);
+            t[4 + c] = _mm256_permute2x128_si256(v[c], v[4 + c], 0x31);
+        }
+        for (int i = 0; i < 8; ++i) v[i] = t[i];
     }
 };
 

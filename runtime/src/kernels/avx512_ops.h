@@ -2,8 +2,7 @@
 //
 // Exact: 16 codes become 16 dwords, and vpermps looks them up in a table that is one register. It reads
 // the low 4 bits of an index, so codes need shifting down but no masking: tables of 4 and 8 levels are
-// repeated over the bits above. Fast: 64 codes become 64 bytes in element order by one broadcast and one
-// shift per quadword, vpermb (low 6 bits) looks them up, vpdpbusd multiplies and sums.
+// repeated over the bits above. Fast: the same with 32 words, vpermw (low 5 bits) and vpdpwssd.
 #pragma once
 
 #include <immintrin.h>
@@ -15,7 +14,7 @@ namespace {
 
 struct Avx512 {
     using Vec = __m512;
-    static constexpr std::size_t width = 16, tile_rows = 4, tile_tokens = 6;
+    static constexpr std::size_t width = 16, tile_rows = 4, tile_tokens = 6, code_tokens = 6;
 
     static Vec zero() { return _mm512_setzero_ps(); }
     static Vec set1(float v) { return _mm512_set1_ps(v); }
@@ -26,11 +25,19 @@ struct Avx512 {
     static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
     static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
     static Vec abs(Vec v) { return _mm512_abs_ps(v); }
-    static Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static float sum(Vec v) { return _mm512_reduce_add_ps(v); }
     static float max_of(Vec v) { return _mm512_reduce_max_ps(v); }
-    static void store_int8(std::int8_t *p, Vec whole) {
-        _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
+    // The sums of four vectors.
+    static void sums(const Vec v[4], float out[4]) {
+        __m256 half[4];
+        for (int i = 0; i < 4; ++i) {
+            half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+        }
+        const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    }
+    static void store_int16(std::int16_t *p, Vec v) {  // to the nearest, ties to even
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
     }
 
     // The first n (any number) of 16 floats, zeros behind them.
@@ -39,13 +46,6 @@ struct Avx512 {
     static Vec add_product(Vec a, const float *p, std::size_t n, Vec c) {
         return _mm512_mask3_fmadd_ps(a, load_part(p, n), c, first(n));
     }
-    // a0 a0 a1 a1 ...
-    static void twice(Vec v, Vec out[2]) {
-        const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-        out[0] = _mm512_permutexvar_ps(low, v);
-        out[1] = _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), v);
-    }
-
     static __m128i load128(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
     static __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 
@@ -127,97 +127,114 @@ struct Avx512 {
         else return _mm512_mask_permutexvar_ps(value, load_as<std::uint16_t>(high_bits), code, table.high);
     }
 
-    // The levels of 64 weights in order: of one block of 64 or two of 32.
+    // The levels of one block, in order.
     template <class L>
-    static void decode(const std::uint8_t *p, const Levels &table, Vec out[4]) {
-        const std::uint8_t *second = p + (L::block == 64 ? 16 : L::stride);
+    static void decode(const std::uint8_t *p, const Levels &table, Vec out[L::block / 16]) {
         if constexpr (L::bits == 8) {
-            const std::uint8_t *parts[4] = {p, p + 16, second, second + 16};
-            for (int i = 0; i < 4; ++i) out[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(parts[i])));
+            for (int i = 0; i < 2; ++i) out[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(p + 16 * i)));
         } else if constexpr (L::bits == 4) {
-            const __m512i a = dwords(load128(p)), b = dwords(load128(second));
-            constexpr int a_high = L::block == 64 ? 2 : 1, b_low = 3 - a_high;
-            out[0] = look_up(a, table.low);
-            out[a_high] = look_up(_mm512_srli_epi32(a, 4), table.low);
-            out[b_low] = look_up(b, table.low);
-            out[3] = look_up(_mm512_srli_epi32(b, 4), table.low);
+            constexpr int planes = L::block / 32;
+            for (int i = 0; i < planes; ++i) {
+                const __m512i codes = dwords(load128(p + 16 * i));
+                out[i] = look_up(codes, table.low);
+                out[planes + i] = look_up(_mm512_srli_epi32(codes, 4), table.low);
+            }
         } else if constexpr (L::block == 64) {
             const __m512i codes = dwords(load128(p));
             for (unsigned i = 0; i < 4; ++i) {
                 out[i] = look_up<L>(_mm512_srli_epi32(codes, 2 * i), table, p + 16 + 2 * i);
             }
-        } else {
-            for (unsigned b = 0; b < 2; ++b, p += L::stride) {  // 8 bytes, twice: planes 0 and 1, 2 and 3
-                const __m512i codes = dwords(_mm_set1_epi64x(load_as<std::int64_t>(p)));
-                const __m512i shift = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
-                const __m512i planes = _mm512_srlv_epi32(codes, shift);
-                out[2 * b] = look_up<L>(planes, table, p + 8);
-                out[2 * b + 1] = look_up<L>(_mm512_srli_epi32(planes, 4), table, p + 10);
-            }
+        } else {  // 8 bytes, twice: planes 0 and 1, 2 and 3
+            const __m512i codes = dwords(_mm_set1_epi64x(load_as<std::int64_t>(p)));
+            const __m512i shift = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+            const __m512i planes = _mm512_srlv_epi32(codes, shift);
+            out[0] = look_up<L>(planes, table, p + 8);
+            out[1] = look_up<L>(_mm512_srli_epi32(planes, 4), table, p + 10);
         }
     }
 
     // --- fast ---
 
+    using Words = __m512i;     // 32 of 16 bits
+    using Products = __m512i;  // 16 of 32 bits
+
     struct Codes {
-        __m512i low, high;  // like Levels, bytes
+        __m512i low, high;  // like Levels, words
     };
 
     template <class L>
     static Codes codes(const CodeTable &table) {
-        if constexpr (L::bits == 4) return {_mm512_broadcast_i32x4(load128(table.code)), _mm512_setzero_si512()};
-        return {_mm512_set1_epi32(load_as<std::int32_t>(table.code)),
-                _mm512_set1_epi32(load_as<std::int32_t>(table.code + 4))};
+        if constexpr (L::bits == 4) return {_mm512_broadcast_i64x4(load256(table.code)), _mm512_setzero_si512()};
+        return {_mm512_set1_epi64(load_as<std::int64_t>(table.code)),
+                _mm512_set1_epi64(load_as<std::int64_t>(table.code + 4))};
     }
 
-    static float code_offset(const CodeTable &table) { return table.offset; }
-
-    // 64 unsigned codes in order: of one block of 64 or two of 32.
+    // Weight codes of 32 elements; bit 2 of element i, if there is one, is bit i of `high_bits`.
     template <class L>
-    static __m512i unpack(const std::uint8_t *p, const Codes &table) {
+    static Words look_up(__m512i index, const Codes &table, const std::uint8_t *high_bits) {
+        const Words code = _mm512_permutexvar_epi16(index, table.low);
+        if constexpr (L::bits != 3) return code;
+        else return _mm512_mask_permutexvar_epi16(code, load_as<std::uint32_t>(high_bits), index, table.high);
+    }
+
+    // The weight codes of one block, in order.
+    template <class L>
+    static void unpack(const std::uint8_t *p, const Codes &table, Words out[L::block / 32]) {
+        const __m512i by_16 = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(L::bits == 4 ? 4 : 2), 1);
         if constexpr (L::bits == 8) {
-            const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(load256(p)), load256(p + L::stride), 1);
-            return _mm512_xor_si512(both, _mm512_set1_epi8(-128));
+            out[0] = _mm512_cvtepi8_epi16(load256(p));
+        } else if constexpr (L::bits == 4 && L::block == 64) {
+            const __m512i codes = _mm512_cvtepu8_epi16(load256(p));
+            out[0] = look_up<L>(codes, table, nullptr);
+            out[1] = look_up<L>(_mm512_srli_epi16(codes, 4), table, nullptr);
         } else if constexpr (L::bits == 4) {
-            __m512i bytes, shift;
-            if constexpr (L::block == 64) {
-                bytes = _mm512_broadcast_i64x4(load256(p));
-                shift = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
-            } else {
-                bytes = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load128(p)), 0xff00, load128(p + L::stride));
-                shift = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
-            }
-            return _mm512_permutexvar_epi8(_mm512_srlv_epi64(bytes, shift), table.low);
+            const __m512i twice = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(load128(p)));
+            out[0] = look_up<L>(_mm512_srlv_epi16(twice, by_16), table, nullptr);
+        } else if constexpr (L::block == 64) {
+            const __m512i twice = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(load128(p)));
+            const __m512i planes = _mm512_srlv_epi16(twice, by_16);
+            out[0] = look_up<L>(planes, table, p + 16);
+            out[1] = look_up<L>(_mm512_srli_epi16(planes, 4), table, p + 20);
         } else {
-            __m512i bytes, shift;
-            std::uint64_t high = 0;
-            if constexpr (L::block == 64) {
-                bytes = _mm512_broadcast_i32x4(load128(p));
-                shift = _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0);
-                if constexpr (L::bits == 3) high = load_as<std::uint64_t>(p + 16);
-            } else {
-                const __m512i first_block = _mm512_set1_epi64(load_as<std::int64_t>(p));
-                bytes = _mm512_mask_set1_epi64(first_block, 0xf0, load_as<std::int64_t>(p + L::stride));
-                shift = _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0);
-                if constexpr (L::bits == 3) {
-                    high = load_as<std::uint32_t>(p + 8);
-                    high |= std::uint64_t{load_as<std::uint32_t>(p + L::stride + 8)} << 32;
-                }
-            }
-            const __m512i index = _mm512_srlv_epi64(bytes, shift);
-            const __m512i code = _mm512_permutexvar_epi8(index, table.low);
-            if constexpr (L::bits == 2) return code;
-            else return _mm512_mask_permutexvar_epi8(code, high, index, table.high);
+            const __m512i four_times = _mm512_cvtepu8_epi16(_mm256_set1_epi64x(load_as<std::int64_t>(p)));
+            constexpr long long two = 0x0002000200020002, four = 2 * two, six = 3 * two;
+            const __m512i by_8 = _mm512_set_epi64(six, six, four, four, two, two, 0, 0);
+            out[0] = look_up<L>(_mm512_srlv_epi16(four_times, by_8), table, p + 8);
         }
     }
 
-    // total + scale[0] * (codes . x) of the first 32 and scale[1] * (codes . x) of the second.
-    template <class L>
-    static Vec dot(const std::uint8_t *p, const Codes &table, const std::int8_t *x, const float *scale, Vec total) {
-        const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), unpack<L>(p, table), _mm512_loadu_si512(x));
-        const Vec pair = _mm512_castpd_ps(_mm512_set1_pd(load_as<double>(scale)));
-        const __m512i lanes = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_permutevar_ps(pair, lanes), total);
+    static Words load_words(const std::int16_t *p) { return _mm512_loadu_si512(p); }
+    static void store_words(std::int16_t *p, Words v) { _mm512_storeu_si512(p, v); }
+    static Words two_words(const std::int16_t *p) { return _mm512_set1_epi32(load_as<std::int32_t>(p)); }
+    static Products no_products() { return _mm512_setzero_si512(); }
+    // sum[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]
+    static Products add_products(Products sum, Words a, Words b) { return _mm512_dpwssd_epi32(sum, a, b); }
+    static Vec to_float(Products sum) { return _mm512_cvtepi32_ps(sum); }
+
+    // Rows of 16 dwords become columns.
+    static void transpose(__m512i v[16]) {
+        __m512i t[16];
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4) {  // v[i + c]: column c of each 128-bit lane, rows i..i+3
+            v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+            v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+            v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+            v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        }
+        for (int c = 0; c < 4; ++c) {  // lanes 0 1 and 2 3 of rows 0-7 (a) and 8-15 (b)
+            const __m512i a01 = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x44);
+            const __m512i a23 = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xee);
+            const __m512i b01 = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x44);
+            const __m512i b23 = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xee);
+            t[c] = _mm512_shuffle_i32x4(a01, b01, 0x88);
+            t[4 + c] = _mm512_shuffle_i32x4(a01, b01, 0xdd);
+            t[8 + c] = _mm512_shuffle_i32x4(a23, b23, 0x88);
+            t[12 + c] = _mm512_shuffle_i32x4(a23, b23, 0xdd);
+        }
+        for (int i = 0; i < 16; ++i) v[i] = t[i];
     }
 };
 

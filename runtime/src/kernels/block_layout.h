@@ -2,8 +2,11 @@
 // set shares. Everything here has internal linkage (see float16.h).
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 
 #include "float16.h"
 #include "kernel_table.h"
@@ -15,7 +18,6 @@ namespace {
 template <int Bits, int Block, int Stride, int Lead = 0>
 struct Layout {
     static constexpr int bits = Bits, block = Block, stride = Stride, lead = Lead;
-    static constexpr std::size_t groups = Block / 32;  // of 32 weights in a block
     // The specification adds tau even where it is 0 (which turns -0 into 0); int8, Q8_0 and Q4_0 have none.
     static constexpr bool adds_tau = Bits != 8 && Stride != 18;
 };
@@ -79,6 +81,15 @@ inline float block_tau(const Matrix &w, const std::uint8_t *block, std::size_t k
     return w.format == Format::q4_1 ? load_f16(block + 2) : block_value(w.tau, k);
 }
 
+// Sums of the inputs that meet each block.
+template <class L>
+const float *block_sums(const TokenInput &in) {
+    return L::block == span_size ? in.span_sum : in.sum;
+}
+
+// What turns inputs into codes; 0, as for no input at all, where the quotient would overflow.
+inline float code_rate(float largest) { return largest > 0x1p-110f ? largest_input_code / largest : 0.0f; }
+
 inline const std::uint8_t *row_data(const Matrix &w, std::size_t row) {
     return static_cast<const std::uint8_t *>(w.data) + row * w.row_bytes();
 }
@@ -93,6 +104,13 @@ inline float float_at(Format format, const std::uint8_t *row, std::size_t i) {
         case Format::f16: return load_f16(row + 2 * i);
         default: return float_of_bf16(load_as<std::uint16_t>(row + 2 * i));
     }
+}
+
+// Codes of a span whose sum is not finite: every fast product with it is NaN. A fuzzer found the conversion of
+// NaN to an integer that this avoids (a file may hold NaN weights).
+inline void mark_not_finite(const TokenInput &out, std::size_t span) {
+    std::memset(out.codes + span * span_size, 0, span_size * sizeof *out.codes);
+    out.scale[span] = std::numeric_limits<float>::quiet_NaN();
 }
 
 inline void store_to(float *y, float value, Store store) { *y = store == Store::add ? *y + value : value; }

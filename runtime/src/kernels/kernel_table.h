@@ -24,14 +24,14 @@ extern const KernelTable avx512_kernels;
 extern const KernelTable neon_kernels;
 #endif
 
-// Fast mode replaces level[q] by offset + step * code[q] with 8-bit codes. The integer codebooks are
-// exact; the normal-float ones are the least-squares fit under a Gaussian's code frequencies (NMSE of the
-// weights 1.1e-5, of the order of the rounding of the inputs; scripts/fit_code_tables.py).
+// Fast mode replaces level[q] by step * code[q]: exact for the integer codebooks, 15 bits for the others.
+// The sum of 64 products of a weight's and an input's code fits 32 bits: 64 * 16383 * 2047 < 2^31.
 struct CodeTable {
-    std::uint8_t code[16];  // unsigned, for vpdpbusd
-    std::uint8_t bias;      // code - bias is signed and at most 128 in magnitude, for maddubs and sdot
-    float step, offset;     // of the unsigned code
+    std::int16_t code[16];
+    float step;
 };
+
+constexpr int largest_weight_code = 16383, largest_input_code = 2047;
 
 // What the codes of a block format stand for. Levels of 8-bit formats are their signed codes: null.
 const float *levels_of(const Matrix &w);

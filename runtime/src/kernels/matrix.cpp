@@ -1,5 +1,6 @@
 // Views, tables and the public functions: what does not depend on the instruction set.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <new>
 
@@ -11,17 +12,12 @@ namespace {
 
 constexpr float q4_1_levels[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-constexpr CodeTable code_tables[IRQ_CODEBOOK_COUNT] = {
-    {{0, 38, 59, 75, 89, 101, 113, 124, 134, 144, 155, 166, 179, 194, 214, 248}, 124, 0.008057192f, -1.0003823f},
-    {{0, 62, 93, 119, 138, 159, 186, 238}, 119, 0.008403457f, -0.9992846f},
-    {{0, 74, 124, 198}, 99, 0.010101577f, -1.0000561f},
-    {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 8, 1.0f, -8.0f},
-    {{0, 1, 2, 3, 4, 5, 6, 7}, 4, 1.0f, -4.0f},
-    {{0, 1, 2, 3}, 2, 1.0f, -2.0f},
-    {{}, 128, 1.0f, -128.0f},
-};
-constexpr CodeTable q4_1_code_table = {
-    {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 0, 1.0f, 0.0f};
+// Of levels within -1 to 1 and, for integers, of the levels themselves.
+CodeTable code_table(const float *levels, int count, bool is_integer) {
+    CodeTable table{{}, is_integer ? 1.0f : 1.0f / largest_weight_code};
+    for (int i = 0; i < count; ++i) table.code[i] = static_cast<std::int16_t>(std::lround(levels[i] / table.step));
+    return table;
+}
 
 const KernelTable &kernels() {
     switch (active_isa()) {
@@ -69,7 +65,13 @@ const float *levels_of(const Matrix &w) {
 }
 
 const CodeTable &code_table_of(const Matrix &w) {
-    return w.format == Format::q4_1 ? q4_1_code_table : code_tables[codebook_of(w)];
+    static const CodeTable tables[] = {
+        code_table(irq_nf4_levels, 16, false), code_table(irq_nf3_levels, 8, false),
+        code_table(irq_nf2_levels, 4, false),  code_table(irq_int4_levels, 16, true),
+        code_table(irq_int3_levels, 8, true),  code_table(irq_int2_levels, 4, true),
+        code_table(nullptr, 0, true),          code_table(q4_1_levels, 16, true),
+    };
+    return tables[w.format == Format::q4_1 ? IRQ_CODEBOOK_COUNT : codebook_of(w)];
 }
 
 int code_bits(const Matrix &w) { return w.format == Format::q4_1 ? 4 : irq_codebook_bits[codebook_of(w)]; }
@@ -143,27 +145,27 @@ Matrix stock_matrix(Format format, std::size_t rows, std::size_t columns, const 
 }
 
 Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode mode)
-    : max_tokens_(max_tokens), max_stride_(padded(max_columns, 64)), mode_(mode) {
-    // 4-byte values: x, then for every group its sum and in fast mode scale, code sum and code total; codes.
-    const std::size_t values = max_tokens * max_stride_, per_group = padded(values / group_size, 16);
+    : max_tokens_(max_tokens), max_stride_(padded(max_columns, span_size)), mode_(mode) {
+    // x, then for every 32 columns a sum, for every 64 a sum and in fast mode a scale; codes.
+    const std::size_t values = max_tokens * max_stride_;
+    const std::size_t groups = padded(values / group_size, 16), spans = padded(values / span_size, 16);
     const bool fast = mode == Mode::fast;
-    const std::size_t bytes = 4 * (values + (fast ? 4 : 1) * per_group) + (fast ? values : 0);
+    const std::size_t bytes = 4 * (values + groups + (fast ? 2 : 1) * spans) + (fast ? 2 * values : 0);
     memory_ = ::operator new(padded(bytes + alignment, alignment), std::align_val_t{alignment});
     first_.x = static_cast<float *>(memory_);
     first_.sum = first_.x + values;
+    first_.span_sum = first_.sum + groups;
     if (fast) {
-        first_.scale = first_.sum + per_group;
-        first_.code_sum = first_.scale + per_group;
-        first_.code_total = reinterpret_cast<std::int32_t *>(first_.code_sum + per_group);
-        first_.codes = reinterpret_cast<std::int8_t *>(first_.code_total + per_group);
+        first_.scale = first_.span_sum + spans;
+        first_.codes = reinterpret_cast<std::int16_t *>(first_.scale + spans);
     }
 }
 
 TokenInput Activations::token(std::size_t t) const {
-    const std::size_t value = t * stride_, group = t * groups();
-    if (mode_ == Mode::exact) return {first_.x + value, first_.sum + group, nullptr, nullptr, nullptr, nullptr};
-    return {first_.x + value,         first_.sum + group,        first_.scale + group,
-            first_.code_sum + group,  first_.code_total + group, first_.codes + value};
+    const std::size_t value = t * stride_, group = value / group_size, span = value / span_size;
+    const TokenInput &first = first_;
+    if (mode_ == Mode::exact) return {first.x + value, first.sum + group, first.span_sum + span, nullptr, nullptr};
+    return {first.x + value, first.sum + group, first.span_sum + span, first.scale + span, first.codes + value};
 }
 
 Activations::~Activations() { ::operator delete(memory_, std::align_val_t{alignment}); }
@@ -184,7 +186,7 @@ Activations &Activations::operator=(Activations &&other) noexcept {
 }
 
 bool Activations::reshape(std::size_t tokens, std::size_t columns) {
-    const std::size_t stride = padded(columns, 64);
+    const std::size_t stride = padded(columns, span_size);
     if (tokens * stride > max_tokens_ * max_stride_) return false;
     tokens_ = tokens;
     columns_ = columns;

@@ -1,7 +1,8 @@
 // The vector operations of AArch64 with the dot-product extension, 4 floats wide.
 //
 // Exact: tbl looks 16 bytes up at once, so a table of floats is four tables, one for each byte of the float
-// (ld4 splits them), and zips put the bytes together again. Fast: sdot takes signed codes.
+// (ld4 splits them), and zips put the bytes together again. Fast: the same with the two bytes of a weight's
+// code; smlal multiplies words and adds.
 #pragma once
 
 #include <arm_neon.h>
@@ -24,14 +25,13 @@ struct Neon {
     static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
     static Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
     static Vec abs(Vec v) { return vabsq_f32(v); }
-    static Vec round(Vec v) { return vrndnq_f32(v); }
     static float sum(Vec v) { return vaddvq_f32(v); }
     static float max_of(Vec v) { return vmaxvq_f32(v); }
-    static void store_int8(std::int8_t *p, Vec whole) {
-        const int16x4_t words = vmovn_s32(vcvtnq_s32_f32(whole));
-        const int8x8_t bytes = vmovn_s16(vcombine_s16(words, words));
-        std::memcpy(p, &bytes, 4);
+    // The sums of four vectors.
+    static void sums(const Vec v[4], float out[4]) {
+        vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3])));
     }
+    static void store_int16(std::int16_t *p, Vec v) { vst1_s16(p, vmovn_s32(vcvtnq_s32_f32(v))); }
 
     // The first n (any number) of 4 floats, zeros behind them.
     static Vec load_part(const float *p, std::size_t n) {
@@ -46,12 +46,6 @@ struct Neon {
         store(lanes, a);
         return fma(load_part(lanes, n), load_part(p, n), c);
     }
-    // a0 a0 a1 a1 ...
-    static void twice(Vec v, Vec out[2]) {
-        out[0] = vzip1q_f32(v, v);
-        out[1] = vzip2q_f32(v, v);
-    }
-
     static uint8x16_t load16(const void *p) { return vld1q_u8(static_cast<const std::uint8_t *>(p)); }
     static uint8x8_t load8(const void *p) { return vld1_u8(static_cast<const std::uint8_t *>(p)); }
 
@@ -85,40 +79,33 @@ struct Neon {
         return vandq_u8(vtstq_u8(bytes, vld1q_u8(each)), vdupq_n_u8(4));
     }
 
-    // 64 codes in order: of one block of 64 or two of 32.
+    // The codes of one block, in order.
     template <class L>
-    static void unpack(const std::uint8_t *p, uint8x16_t out[4]) {
-        const std::uint8_t *second = p + (L::block == 64 ? 16 : L::stride);
+    static void unpack(const std::uint8_t *p, uint8x16_t out[L::block / 16]) {
         if constexpr (L::bits == 8) {
-            const std::uint8_t *parts[4] = {p, p + 16, second, second + 16};
-            for (int i = 0; i < 4; ++i) out[i] = load16(parts[i]);
+            for (int i = 0; i < 2; ++i) out[i] = load16(p + 16 * i);
         } else if constexpr (L::bits == 4) {
-            const uint8x16_t a = load16(p), b = load16(second), low = vdupq_n_u8(15);
-            constexpr int a_high = L::block == 64 ? 2 : 1, b_low = 3 - a_high;
-            out[0] = vandq_u8(a, low);
-            out[a_high] = vshrq_n_u8(a, 4);
-            out[b_low] = vandq_u8(b, low);
-            out[3] = vshrq_n_u8(b, 4);
+            constexpr int planes = L::block / 32;
+            for (int i = 0; i < planes; ++i) {
+                const uint8x16_t codes = load16(p + 16 * i);
+                out[i] = vandq_u8(codes, vdupq_n_u8(15));
+                out[planes + i] = vshrq_n_u8(codes, 4);
+            }
         } else {
             if constexpr (L::block == 64) {
-                const uint8x16_t a = load16(p);
-                out[0] = a;
-                out[1] = vshrq_n_u8(a, 2);
-                out[2] = vshrq_n_u8(a, 4);
-                out[3] = vshrq_n_u8(a, 6);
+                const uint8x16_t codes = load16(p);
+                out[0] = codes;
+                out[1] = vshrq_n_u8(codes, 2);
+                out[2] = vshrq_n_u8(codes, 4);
+                out[3] = vshrq_n_u8(codes, 6);
             } else {
-                for (int b = 0; b < 2; ++b) {
-                    const uint8x8_t a = load8(p + L::stride * b);
-                    out[2 * b] = vcombine_u8(a, vshr_n_u8(a, 2));
-                    out[2 * b + 1] = vcombine_u8(vshr_n_u8(a, 4), vshr_n_u8(a, 6));
-                }
+                const uint8x8_t codes = load8(p);
+                out[0] = vcombine_u8(codes, vshr_n_u8(codes, 2));
+                out[1] = vcombine_u8(vshr_n_u8(codes, 4), vshr_n_u8(codes, 6));
             }
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < L::block / 16; ++i) {
                 out[i] = vandq_u8(out[i], vdupq_n_u8(3));
-                if constexpr (L::bits == 3) {
-                    const std::uint8_t *high = L::block == 64 ? p + 16 + 2 * i : p + L::stride * (i / 2) + 8 + 2 * (i % 2);
-                    out[i] = vorrq_u8(out[i], spread_bits(high));
-                }
+                if constexpr (L::bits == 3) out[i] = vorrq_u8(out[i], spread_bits(p + L::block / 4 + 2 * i));
             }
         }
     }
@@ -137,10 +124,10 @@ struct Neon {
     }
 
     template <class L>
-    static void decode(const std::uint8_t *p, const Levels &table, Vec out[16]) {
-        uint8x16_t code[4];
+    static void decode(const std::uint8_t *p, const Levels &table, Vec out[L::block / 4]) {
+        uint8x16_t code[L::block / 16];
         unpack<L>(p, code);
-        for (int i = 0; i < 4; ++i, out += 4) {
+        for (int i = 0; i < L::block / 16; ++i, out += 4) {
             if constexpr (L::bits == 8) {
                 const int8x16_t bytes = vreinterpretq_s8_u8(code[i]);
                 const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
@@ -165,35 +152,43 @@ struct Neon {
 
     // --- fast ---
 
+    using Words = int16x8_t;
+    using Products = int32x4_t;
+
     struct Codes {
-        int8x16_t table;
+        uint8x16x2_t bytes;  // low and high, of every code
     };
 
     template <class L>
     static Codes codes(const CodeTable &table) {
-        return {vreinterpretq_s8_u8(vsubq_u8(load16(table.code), vdupq_n_u8(table.bias)))};
+        return {vld2q_u8(reinterpret_cast<const std::uint8_t *>(table.code))};
     }
 
-    static float code_offset(const CodeTable &table) {
-        return table.offset + table.step * static_cast<float>(table.bias);
-    }
-
-    // total + scale[0] * (codes . x) of the first 32 and scale[1] * (codes . x) of the second.
+    // The weight codes of one block, in order.
     template <class L>
-    static Vec dot(const std::uint8_t *p, const Codes &codes, const std::int8_t *x, const float *scale, Vec total) {
-        uint8x16_t code[4];
+    static void unpack(const std::uint8_t *p, const Codes &table, Words out[L::block / 8]) {
+        uint8x16_t code[L::block / 16];
         unpack<L>(p, code);
-        for (int i = 0; i < 2; ++i) {
-            int32x4_t products = vdupq_n_s32(0);
-            for (int k = 2 * i; k < 2 * i + 2; ++k) {
-                const int8x16_t weight =
-                    L::bits == 8 ? vreinterpretq_s8_u8(code[k]) : vqtbl1q_s8(codes.table, code[k]);
-                products = vdotq_s32(products, weight, vld1q_s8(x + 16 * k));
+        for (int i = 0; i < L::block / 16; ++i) {
+            if constexpr (L::bits == 8) {
+                const int8x16_t bytes = vreinterpretq_s8_u8(code[i]);
+                out[2 * i] = vmovl_s8(vget_low_s8(bytes));
+                out[2 * i + 1] = vmovl_high_s8(bytes);
+            } else {
+                const uint8x16_t low = vqtbl1q_u8(table.bytes.val[0], code[i]);
+                const uint8x16_t high = vqtbl1q_u8(table.bytes.val[1], code[i]);
+                out[2 * i] = vreinterpretq_s16_u8(vzip1q_u8(low, high));
+                out[2 * i + 1] = vreinterpretq_s16_u8(vzip2q_u8(low, high));
             }
-            total = vfmaq_n_f32(total, vcvtq_f32_s32(products), scale[i]);
         }
-        return total;
     }
+
+    static Words load_words(const std::int16_t *p) { return vld1q_s16(p); }
+    static Products no_products() { return vdupq_n_s32(0); }
+    static Products add_products(Products sum, Words a, Words b) {
+        return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b);
+    }
+    static Vec to_float(Products sum) { return vcvtq_f32_s32(sum); }
 };
 
 }  // namespace

@@ -9,24 +9,24 @@ namespace {
 void prepare_token(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
     for (std::size_t i = 0; i < stride; ++i) out.x[i] = i < columns ? x[i] : 0.0f;
     for (std::size_t g = 0; g < stride / group_size; ++g) {
-        const float *group = out.x + g * group_size;
-        float total = 0.0f, largest = 0.0f;
-        for (std::size_t i = 0; i < group_size; ++i) {
-            total += group[i];
-            largest = std::fmax(largest, std::fabs(group[i]));
-        }
-        out.sum[g] = total;
+        out.sum[g] = 0.0f;
+        for (std::size_t i = 0; i < group_size; ++i) out.sum[g] += out.x[g * group_size + i];
+    }
+    for (std::size_t s = 0; s < stride / span_size; ++s) {
+        out.span_sum[s] = out.sum[2 * s] + out.sum[2 * s + 1];
         if (out.codes == nullptr) continue;
-        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-        int code_total = 0;
-        for (std::size_t i = 0; i < group_size; ++i) {
-            const int code = static_cast<int>(std::nearbyint(group[i] * inverse));
-            out.codes[g * group_size + i] = static_cast<std::int8_t>(code);
-            code_total += code;
+        if (!std::isfinite(out.span_sum[s])) {
+            mark_not_finite(out, s);
+            continue;
         }
-        out.scale[g] = largest / 127.0f;
-        out.code_total[g] = code_total;
-        out.code_sum[g] = out.scale[g] * static_cast<float>(code_total);
+        const float *span = out.x + s * span_size;
+        float largest = 0.0f;
+        for (std::size_t i = 0; i < span_size; ++i) largest = std::fmax(largest, std::fabs(span[i]));
+        const float inverse = code_rate(largest);
+        for (std::size_t i = 0; i < span_size; ++i) {
+            out.codes[s * span_size + i] = static_cast<std::int16_t>(std::nearbyint(span[i] * inverse));
+        }
+        out.scale[s] = largest / largest_input_code;
     }
 }
 
@@ -63,17 +63,16 @@ void decode_rows(const Matrix &w, std::size_t r0, std::size_t r1, float *weight)
 }
 
 template <class L>
-float dot_exact(const Matrix &w, std::size_t row, const float *x, const float *sum) {
+float dot_exact(const Matrix &w, std::size_t row, const TokenInput &in) {
     float total = 0.0f;
     for (std::size_t b = 0; b < w.blocks_per_row(); ++b) {
         const std::uint8_t *block = row_data(w, row) + b * L::stride;
         const std::size_t k = row * w.blocks_per_row() + b;
-        float part = 0.0f, block_sum = 0.0f;
+        float part = 0.0f;
         for (std::size_t j = 0; j < L::block; ++j) {
-            part += level_at<L>(levels_of(w), block, j) * x[b * L::block + j];
+            part += level_at<L>(levels_of(w), block, j) * in.x[b * L::block + j];
         }
-        for (std::size_t g = 0; g < L::groups; ++g) block_sum += sum[b * L::groups + g];
-        total += block_scale(w, block, k) * part + block_tau(w, block, k) * block_sum;
+        total += block_scale(w, block, k) * part + block_tau(w, block, k) * block_sums<L>(in)[b];
     }
     return total;
 }
@@ -84,18 +83,15 @@ float dot_fast(const Matrix &w, std::size_t row, const TokenInput &in) {
     float total = 0.0f;
     for (std::size_t b = 0; b < w.blocks_per_row(); ++b) {
         const std::uint8_t *block = row_data(w, row) + b * L::stride;
-        const std::size_t k = row * w.blocks_per_row() + b;
-        const float scale = block_scale(w, block, k), tau = block_tau(w, block, k);
-        for (std::size_t g = b * L::groups; g < (b + 1) * L::groups; ++g) {
-            int part = 0;
-            for (std::size_t i = 0; i < group_size; ++i) {
-                const unsigned code = code_at<L>(block, (g * group_size + i) % L::block);
-                const int weight = L::bits == 8 ? static_cast<int>(code ^ 0x80u) : table.code[code & 15u];
-                part += weight * in.codes[g * group_size + i];
-            }
-            total += scale * table.step * in.scale[g] * static_cast<float>(part);
-            total += scale * table.offset * in.code_sum[g] + tau * in.sum[g];
+        const std::size_t k = row * w.blocks_per_row() + b, column = b * L::block;
+        int part = 0;
+        for (std::size_t j = 0; j < L::block; ++j) {
+            const unsigned code = code_at<L>(block, j);
+            const int weight = L::bits == 8 ? static_cast<std::int8_t>(code) : table.code[code & 15u];
+            part += weight * in.codes[column + j];
         }
+        total += block_scale(w, block, k) * (table.step * in.scale[column / span_size]) * static_cast<float>(part);
+        total += block_tau(w, block, k) * block_sums<L>(in)[b];
     }
     return total;
 }
@@ -116,7 +112,7 @@ void gemv_rows(const Matrix &w, const Activations &x, std::size_t token, std::si
         }
         with_layout(w, [&](auto layout) {
             using L = decltype(layout);
-            const float value = x.mode() == Mode::exact ? dot_exact<L>(w, row, in.x, in.sum) : dot_fast<L>(w, row, in);
+            const float value = x.mode() == Mode::exact ? dot_exact<L>(w, row, in) : dot_fast<L>(w, row, in);
             store_to(y + row, value, store);
         });
     }

@@ -1,7 +1,6 @@
 // Matrix times matrix over vector operations S, in float32: panels of 16 rows x 1024 columns are decoded
 // onto the stack (64 KiB, which L2 holds while every token passes by) and multiplied in tiles of
-// tile_rows x tile_tokens dot products, all of them in registers. The same code serves both modes where
-// the machine has no 8-bit product that beats its float32 one.
+// tile_rows x tile_tokens dot products, all of them in registers.
 #pragma once
 
 #include "simd_gemv.h"

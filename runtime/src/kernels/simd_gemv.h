@@ -13,7 +13,9 @@ namespace {
 
 constexpr std::size_t max_blocks = 512;  // whose scales are expanded at a time
 constexpr std::size_t slack = 64;        // floats that vector stores may write behind them
+constexpr std::size_t together = 4;          // rows of a gemv that go along the columns together
 
+constexpr std::size_t larger(std::size_t a, std::size_t b) { return a > b ? a : b; }
 constexpr std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 template <class S>
@@ -22,27 +24,30 @@ void prepare_token(const float *x, std::size_t columns, std::size_t stride, cons
     constexpr std::size_t W = S::width, N = group_size / W;
     std::memcpy(out.x, x, columns * sizeof(float));
     for (std::size_t i = columns; i < stride; ++i) out.x[i] = 0.0f;
-    for (std::size_t g = 0; g < stride / group_size; ++g) {
-        Vec v[N], total = S::zero(), largest = S::zero();
-        for (std::size_t i = 0; i < N; ++i) {
-            v[i] = S::load(out.x + g * group_size + i * W);
-            total = S::add(total, v[i]);
-            largest = S::max(largest, S::abs(v[i]));
+    for (std::size_t s = 0; s < stride / span_size; ++s) {
+        const float *span = out.x + s * span_size;
+        Vec largest = S::zero();
+        for (std::size_t g = 0; g < 2; ++g) {
+            Vec total = S::zero();
+            for (std::size_t i = 0; i < N; ++i) {
+                const Vec v = S::load(span + g * group_size + i * W);
+                total = S::add(total, v);
+                largest = S::max(largest, S::abs(v));
+            }
+            out.sum[2 * s + g] = S::sum(total);
         }
-        out.sum[g] = S::sum(total);
+        out.span_sum[s] = out.sum[2 * s] + out.sum[2 * s + 1];
         if (out.codes == nullptr) continue;
-        const float top = S::max_of(largest);
-        const Vec inverse = S::set1(top > 0.0f ? 127.0f / top : 0.0f);
-        Vec code_total = S::zero();
-        for (std::size_t i = 0; i < N; ++i) {
-            const Vec rounded = S::round(S::mul(v[i], inverse));
-            S::store_int8(out.codes + g * group_size + i * W, rounded);
-            code_total = S::add(code_total, rounded);  // whole numbers below 2^24: exact
+        if (!std::isfinite(out.span_sum[s])) {
+            mark_not_finite(out, s);
+            continue;
         }
-        const float whole = S::sum(code_total);
-        out.scale[g] = top / 127.0f;
-        out.code_total[g] = static_cast<std::int32_t>(whole);
-        out.code_sum[g] = out.scale[g] * whole;
+        const float top = S::max_of(largest);
+        const Vec rate = S::set1(code_rate(top));
+        for (std::size_t i = 0; i < span_size; i += W) {
+            S::store_int16(out.codes + s * span_size + i, S::mul(S::load(span + i), rate));
+        }
+        out.scale[s] = top / largest_input_code;
     }
 }
 
@@ -79,6 +84,7 @@ inline void prefetch_values(const BlockValues &v, std::size_t k, std::size_t n) 
     constexpr std::size_t sizes[] = {0, 4, 2, 1};
     const std::size_t size = sizes[static_cast<int>(v.storage)];
     prefetch(v.values, k * size, n * size);
+    if (v.storage == Storage::dq8) prefetch(v.absmax, k / IRQ_GROUP_SIZE * sizeof(float), 1);
 }
 
 // Scales and taus of n blocks from block k on, counted over the matrix. May write `slack` floats more.
@@ -99,45 +105,22 @@ void expand(const Matrix &w, std::size_t k, std::size_t n, float *scale, float *
     }
 }
 
-// Calls step(codes, i, u) for every 64 weights of a row, and for a last 32 with a zero block behind them.
-// u = i % unroll is a constant after inlining: it names the accumulator, so that a step need not wait for
-// the sum of the one before.
-constexpr std::size_t unroll = 4;
-
-template <class L, class Step>
-void for_each_step(const std::uint8_t *codes, std::size_t blocks, Step &&step) {
-    constexpr std::size_t per_step = 64 / L::block, bytes = per_step * L::stride;
-    const std::size_t steps = blocks / per_step;
-    std::size_t i = 0;
-    for (; i + unroll <= steps; i += unroll, codes += unroll * bytes) {
-        prefetch(codes, codes_ahead, unroll * bytes);
-        for (std::size_t u = 0; u < unroll; ++u) step(codes + u * bytes, i + u, u);
-    }
-    for (; i < steps; ++i, codes += bytes) step(codes, i, std::size_t{0});
-    if (blocks % per_step != 0) {
-        std::uint8_t last[2 * L::stride] = {};
-        std::memcpy(last, codes, L::stride - L::lead);
-        step(last, steps, std::size_t{0});
-    }
-}
-
 template <class S, class L>
 void decode_row(const Matrix &w, const std::uint8_t *codes, std::size_t blocks, const float *scale,
                 const float *tau, float *weight) {
     using Vec = typename S::Vec;
-    constexpr std::size_t W = S::width;
+    constexpr std::size_t N = L::block / S::width;
     const auto levels = S::template levels<L>(levels_of(w));
-    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i, std::size_t) {
-        Vec level[64 / W];
-        S::template decode<L>(p, levels, level);
-        const std::size_t n = smaller(64, blocks * L::block - 64 * i);
-        for (std::size_t j = 0; j < n; j += W) {
-            const std::size_t b = (64 * i + j) / L::block;
-            Vec value = S::mul(level[j / W], S::set1(scale[b]));
+    for (std::size_t b = 0; b < blocks; ++b, codes += L::stride) {
+        prefetch(codes, codes_ahead, L::stride);
+        Vec level[N];
+        S::template decode<L>(codes, levels, level);
+        for (std::size_t i = 0; i < N; ++i, weight += S::width) {
+            Vec value = S::mul(level[i], S::set1(scale[b]));
             if constexpr (L::adds_tau) value = S::add(value, S::set1(tau[b]));
-            S::store(weight + 64 * i + j, value);
+            S::store(weight, value);
         }
-    });
+    }
 }
 
 // Columns [b0 * block, ...) of `blocks` blocks of one row.
@@ -183,100 +166,124 @@ void decode_rows(const Matrix &w, std::size_t r0, std::size_t r1, float *weight)
     });
 }
 
-// An input from a group of 32 columns on.
-inline TokenInput from_group(const TokenInput &in, std::size_t g) {
-    if (in.codes == nullptr) return {in.x + g * group_size, in.sum + g, nullptr, nullptr, nullptr, nullptr};
-    return {in.x + g * group_size, in.sum + g,        in.scale + g,
-            in.code_sum + g,       in.code_total + g, in.codes + g * group_size};
-}
+// What the rows of a tile see of their blocks: pointers to the first, and how far ahead of them lies what
+// will be read after `blocks` blocks.
+struct Tile {
+    const std::uint8_t *codes[together];
+    const float *scale[together], *tau[together];
+    std::size_t blocks, ahead;
+};
 
-// What a row owes to sums of inputs, and in fast mode the scale of every group: weight's times input's.
-template <class S, class L, Mode mode>
-typename S::Vec sum_terms(std::size_t blocks, const float *scale, const float *tau, const TokenInput &in, float step,
-                          float offset, float *fine) {
-    using Vec = typename S::Vec;
-    constexpr std::size_t W = S::width, G = L::groups;
-    Vec total = S::zero();
-    for (std::size_t b = 0; b < blocks; b += W) {
-        const std::size_t n = G * smaller(W, blocks - b);  // groups left for these vectors
-        Vec s[2], t[2];
-        if constexpr (G == 1) {
-            s[0] = S::load(scale + b);
-            if constexpr (L::adds_tau) t[0] = S::load(tau + b);
-        } else {
-            S::twice(S::load(scale + b), s);
-            if constexpr (L::adds_tau) S::twice(S::load(tau + b), t);
-        }
-        for (std::size_t i = 0; i < G; ++i) {
-            const std::size_t at = G * b + i * W, left = n > i * W ? n - i * W : 0;
-            if constexpr (L::adds_tau) total = S::add_product(t[i], in.sum + at, left, total);
-            if constexpr (mode == Mode::fast) {
-                total = S::add_product(S::mul(s[i], S::set1(offset)), in.code_sum + at, left, total);
-                S::store(fine + at, S::mul(S::mul(s[i], S::set1(step)), S::load_part(in.scale + at, left)));
-            }
+// total[r] += sum_b tau[r][b] * sum[b]
+template <class S>
+void add_offsets(const Tile &rows, const float *sum, typename S::Vec total[together]) {
+    for (std::size_t b = 0; b < rows.blocks; b += S::width) {
+        for (std::size_t r = 0; r < together; ++r) {
+            total[r] = S::add_product(S::load(rows.tau[r] + b), sum + b, rows.blocks - b, total[r]);
         }
     }
-    return total;
 }
 
+// Calls visit(b) for every block, with the cache lines of later ones asked for now and then.
+template <class L, class Visit>
+void for_each_block(const Tile &rows, Visit &&visit) {
+    constexpr std::size_t some = 8;
+    std::size_t b = 0;
+    for (; b + some <= rows.blocks; b += some) {
+        for (std::size_t r = 0; r < together; ++r) {
+            prefetch(rows.codes[r] + b * L::stride, rows.ahead, some * L::stride);
+        }
+        for (std::size_t i = 0; i < some; ++i) visit(b + i);
+    }
+    if (b == rows.blocks) return;
+    for (std::size_t r = 0; r < together; ++r) {
+        prefetch(rows.codes[r] + b * L::stride, rows.ahead, (rows.blocks - b) * L::stride);
+    }
+    for (; b < rows.blocks; ++b) visit(b);
+}
+
+// total[r] += sum_b scale[r][b] * (levels . x)
 template <class S, class L>
-typename S::Vec dot_exact(const std::uint8_t *codes, std::size_t blocks, const float *scale, const float *x,
-                          const typename S::Levels &levels, typename S::Vec total) {
+void dot_exact(const Tile &rows, const float *x, const typename S::Levels &levels, typename S::Vec total[together]) {
     using Vec = typename S::Vec;
-    constexpr std::size_t W = S::width, per_block = L::block / W;
-    Vec part_sums[unroll] = {total, S::zero(), S::zero(), S::zero()};
-    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i, std::size_t u) {
-        Vec level[64 / W];
-        S::template decode<L>(p, levels, level);
-        for (std::size_t b = 0; b < 64 / L::block; ++b) {
-            Vec part = S::mul(level[b * per_block], S::load(x + 64 * i + b * L::block));
-            for (std::size_t j = 1; j < per_block; ++j) {
-                part = S::fma(level[b * per_block + j], S::load(x + 64 * i + b * L::block + j * W), part);
-            }
-            part_sums[u] = S::fma(part, S::set1(scale[i * (64 / L::block) + b]), part_sums[u]);
+    constexpr std::size_t N = L::block / S::width;
+    for_each_block<L>(rows, [&](std::size_t b) {
+        const float *in = x + b * L::block;
+        for (std::size_t r = 0; r < together; ++r) {
+            Vec level[N];
+            S::template decode<L>(rows.codes[r] + b * L::stride, levels, level);
+            Vec part = S::mul(level[0], S::load(in));
+            for (std::size_t i = 1; i < N; ++i) part = S::fma(level[i], S::load(in + i * S::width), part);
+            total[r] = S::fma(part, S::set1(rows.scale[r][b]), total[r]);
         }
     });
-    return S::add(S::add(part_sums[0], part_sums[1]), S::add(part_sums[2], part_sums[3]));
 }
 
+// total[r] += sum_b scale[r][b] * (step * x_scale) * (codes . x)
 template <class S, class L>
-typename S::Vec dot_fast(const std::uint8_t *codes, std::size_t blocks, const float *fine, const std::int8_t *x,
-                         const typename S::Codes &table, typename S::Vec total) {
-    using Vec = typename S::Vec;
-    Vec part_sums[unroll] = {total, S::zero(), S::zero(), S::zero()};
-    for_each_step<L>(codes, blocks, [&](const std::uint8_t *p, std::size_t i, std::size_t u) {
-        part_sums[u] = S::template dot<L>(p, table, x + 64 * i, fine + 2 * i, part_sums[u]);
+void dot_fast(const Tile &rows, const std::int16_t *x, const float *x_scale, float step,
+              const typename S::Codes &table, typename S::Vec total[together]) {
+    using Words = typename S::Words;
+    constexpr std::size_t N = L::block / (2 * S::width);
+    for_each_block<L>(rows, [&](std::size_t b) {
+        const auto in_scale = S::set1(step * x_scale[b * L::block / span_size]);
+        Words in[N];
+        for (std::size_t i = 0; i < N; ++i) in[i] = S::load_words(x + b * L::block + 2 * i * S::width);
+        for (std::size_t r = 0; r < together; ++r) {
+            Words weight[N];
+            S::template unpack<L>(rows.codes[r] + b * L::stride, table, weight);
+            auto products = S::no_products();
+            for (std::size_t i = 0; i < N; ++i) products = S::add_products(products, weight[i], in[i]);
+            const auto part = S::mul(S::to_float(products), in_scale);
+            total[r] = S::fma(part, S::set1(rows.scale[r][b]), total[r]);
+        }
     });
-    return S::add(S::add(part_sums[0], part_sums[1]), S::add(part_sums[2], part_sums[3]));
 }
 
 template <class S, class L, Mode mode>
 void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size_t r1, float *y, Store store) {
-    alignas(64) float scale[max_blocks + slack], tau[max_blocks + slack], fine[2 * max_blocks + slack];
-    const std::size_t nb = w.blocks_per_row();
-    const std::size_t rows_at_once = L::lead != 0 || nb == 0 || nb > max_blocks ? 1 : max_blocks / nb;
-    const CodeTable &code_table = code_table_of(w);
+    alignas(64) float scale[max_blocks + slack], tau[max_blocks + slack];
+    const std::size_t nb = w.blocks_per_row(), row_bytes = w.row_bytes();
+    // Scales are expanded for many narrow rows at once, or for one tile and some of its columns.
+    const bool narrow = nb <= max_blocks / together;
+    const bool contiguous = narrow && nb != 0 && L::lead == 0;
+    const std::size_t rows_at_once = contiguous ? max_blocks / nb / together * together : together;
+    const std::size_t blocks_at_once = narrow ? nb : max_blocks / together;
     const auto levels = S::template levels<L>(levels_of(w));
-    const auto table = S::template codes<L>(code_table);
-    const float offset = S::code_offset(code_table);
+    const auto table = S::template codes<L>(code_table_of(w));
+    const float step = code_table_of(w).step;
+    const std::uint8_t *data = row_data(w, 0) + L::lead;
+    const std::size_t next_tile = larger(together * row_bytes, narrow ? codes_ahead : 0);
     for (std::size_t row = r0; row < r1; row += rows_at_once) {
         const std::size_t rows = smaller(rows_at_once, r1 - row);
-        for (std::size_t b = 0; b < nb || b == 0; b += max_blocks) {
-            const std::size_t n = smaller(max_blocks, nb - b), k = row * nb + b;
-            const TokenInput in = from_group(x, b * L::groups);
-            expand<S, L>(w, k, rows * n, scale, tau);
-            scale[rows * n] = 0.0f;  // of the zero block behind an odd last one
-            const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + k * L::stride + L::lead;
-            for (std::size_t i = 0; i < rows; ++i, codes += n * L::stride) {
-                auto total = sum_terms<S, L, mode>(n, scale + i * n, tau + i * n, in, code_table.step, offset, fine);
-                if constexpr (mode == Mode::exact) {
-                    total = dot_exact<S, L>(codes, n, scale + i * n, in.x, levels, total);
-                } else {
-                    fine[n * L::groups] = 0.0f;  // likewise
-                    total = dot_fast<S, L>(codes, n, fine, in.codes, table, total);
+        if (narrow) expand<S, L>(w, row * nb, rows * nb, scale, tau);
+        for (std::size_t r = 0; r < rows; r += together) {
+            typename S::Vec total[together];
+            for (auto &t : total) t = S::zero();
+            for (std::size_t b = 0; b < nb; b += blocks_at_once) {
+                Tile now;
+                now.blocks = smaller(blocks_at_once, nb - b);
+                const bool last = b + now.blocks == nb;
+                now.ahead = last ? next_tile - b * L::stride : now.blocks * L::stride;
+                for (std::size_t i = 0; i < together; ++i) {
+                    const std::size_t at = smaller(r + i, rows - 1);  // past the end: the last row again
+                    const std::size_t values = (narrow ? at : i) * now.blocks;
+                    now.codes[i] = data + (row + at) * row_bytes + b * L::stride;
+                    now.scale[i] = scale + values;
+                    now.tau[i] = tau + values;
+                    if (!narrow) expand<S, L>(w, (row + at) * nb + b, now.blocks, scale + values, tau + values);
                 }
-                store_to(y + row + i, S::sum(total), b == 0 ? store : Store::add);
+                if constexpr (L::adds_tau) add_offsets<S>(now, block_sums<L>(x) + b, total);
+                if constexpr (mode == Mode::exact) {
+                    dot_exact<S, L>(now, x.x + b * L::block, levels, total);
+                } else {
+                    const std::size_t column = b * L::block;  // a multiple of 64
+                    dot_fast<S, L>(now, x.codes + column, x.scale + column / span_size, step, table, total);
+                }
             }
+            float sums[together];
+            S::sums(total, sums);
+            for (std::size_t i = 0; i < smaller(together, rows - r); ++i) store_to(y + row + r + i, sums[i], store);
         }
     }
 }
