@@ -51,9 +51,9 @@ class IrqLoraConfig(LoraConfig):  # type: ignore[misc]
     irq_base_hash: str | None = None
 
     def __post_init__(self) -> None:
-        if self.target_modules in (None, "all-linear"):
+        if self.target_modules in (None, "all-linear"):  # type: ignore[has-type]
             self.target_modules = list(LINEARS)
-        self.task_type = self.task_type or TaskType.CAUSAL_LM
+        self.task_type = self.task_type or TaskType.CAUSAL_LM  # type: ignore[has-type]
         super().__post_init__()
         kinds = (IrqLinear, nn.Linear) if self.irq_iec else (IrqLinear,)
         self._register_custom_module(dict.fromkeys(kinds, IrqLoraLinear))
@@ -102,7 +102,8 @@ class _IecVariant(LoraVariant):  # type: ignore[misc]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         hidden = add_elastic(lora_a(module.lora_dropout[active_adapter](x)), x, beta1)  # (..., r)
         y = add_elastic(lora_b(hidden), hidden, beta2)
-        return result + module.scaling[active_adapter] * y
+        total: Tensor = result + module.scaling[active_adapter] * y
+        return total
 
     @staticmethod
     def merge_safe(module: IrqLoraLinear, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class IrqLoraLinear(Linear):  # type: ignore[misc]
         """Move, but never cast: a base of bytes says nothing about the dtype of its adapter."""
         base = self.get_base_layer()
         target = device or next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
-        held = [getattr(self, name, {}) for name in self.adapter_layer_names]
+        held: list[Any] = [getattr(self, name, {}) for name in self.adapter_layer_names]
         for layers in (layers for layers in held if adapter_name in layers):
             if "meta" not in (target.type, *(parameter.device.type for parameter in layers.parameters())):
                 layers[adapter_name] = layers[adapter_name].to(target)

@@ -137,7 +137,8 @@ def save_checkpoint(
         UsageError: The model is not quantised, or its tensors are no longer those that were hashed.
         OutputExists: ``path`` exists and ``overwrite`` is false.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)
+    base: PreTrainedModel = unwrap() if unwrap else model
     known = getattr(base.config, "quantization_config", None)
     if known is None:
         raise UsageError("the model is not quantised", where=path)

@@ -53,6 +53,8 @@ class IrqConfig(QuantizationConfigMixin):
         UsageError: Settings that are unknown or contradict each other.
     """
 
+    base_hash: str
+
     def __init__(self, **values: Any) -> None:
         self.quant_method: Any = QUANT_METHOD
         if "base_hash" in values:
@@ -89,6 +91,7 @@ class IrqQuantizer(HfQuantizer):
     """Puts the block modules in place: before the weights are loaded, or from weights in floating point."""
 
     requires_calibration = False
+    quantization_config: IrqConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Replace every quantised layer of the (still empty) model.

@@ -124,7 +124,7 @@ def _show_plan(config: TrainConfig, *, as_json: bool) -> None:
 
 def _is_first() -> bool:
     """Whether this process speaks for all."""
-    from accelerate import PartialState
+    from accelerate import PartialState  # type: ignore[import-untyped]
 
     return bool(PartialState().is_main_process)
 

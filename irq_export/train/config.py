@@ -198,7 +198,7 @@ def _parse(path: Path, raw: bytes) -> Mapping[str, Any]:
             raise MalformedFile("not TOML", where=path, got=error) from error
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise UsageError("unknown kind of configuration", where=path, expected=".toml | .yaml | .yml | .json")
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         values = yaml.safe_load(raw)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import PartialState  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Sampler
 from transformers import (

@@ -81,9 +81,7 @@ def test_folded_adapter_in_stock_peft(tmp_path: Path, tied: bool, rank: int):
     assert relative(plain, want) > 0.01  # the adapter does something
 
 
-def test_stock_peft_drops_the_betas_of_an_unfolded_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_stock_peft_drops_the_betas_of_an_unfolded_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The trap that fold-adapter is for: PEFT loads the file, without its betas. Ours at least warns."""
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.LORA, LoraConfig)  # no peft_iec
     model = tiny_model()

@@ -109,9 +109,10 @@ def test_a_run_is_a_checkpoint_that_deploys(finished: Path, tmp_path: Path) -> N
     assert all(layer.beta1 and layer.beta2 for layer in adapter.layers.values())
     assert [path.name for path in RunDir(finished).states()] == ["checkpoint-9", "checkpoint-10"]
     invoke("to-gguf", str(finished), "-o", str(tmp_path / "model.gguf"))
-    report = invoke("verify", str(tmp_path / "model.gguf"), "--against", str(finished))
-    assert json.dumps(report).count('"passed": false') == 0
-    assert report["verify"]["passed"] is True
+    small = ["--positions", "48", "--greedy", "8"]
+    report = invoke("verify", str(tmp_path / "model.gguf"), "--against", str(finished), *small)
+    assert report["passed"] is True
+    assert all(check["passed"] is not False for check in report["checks"])
 
 
 def test_a_finished_run_is_neither_overwritten_nor_repeated(finished: Path, source: Path) -> None:
@@ -132,7 +133,7 @@ def test_killed_and_resumed_is_the_same_run(finished: Path, source: Path) -> Non
     output = source / "killed"
     command = arguments(source, output, "--epochs", "2", "--save-every", "3", "--dropout", "0.1")
     slow = "import time; from irq_export.train import callbacks as c; w = c.MetricsCallback.on_log\n"
-    slow += "def on_log(self, *a, **k): w(self, *a, **k); time.sleep(0.4)\n"
+    slow += "def on_log(self, *a, **k): w(self, *a, **k); time.sleep(0.2)\n"
     slow += "c.MetricsCallback.on_log = on_log; from irq_export.cli import main; main()"
     with subprocess.Popen([sys.executable, "-c", slow, *command], stderr=subprocess.DEVNULL) as process:
         limit = time.monotonic() + 120
