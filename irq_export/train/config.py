@@ -80,7 +80,7 @@ class TrainConfig:
     precision: str = _field(
         "auto", "Of the arithmetic: auto is bf16 on CUDA, else fp32.", ("auto", "fp32", "bf16")
     )
-    gradient_checkpointing: bool = _field(True, "Recompute activations: less memory, a third more time.")
+    gradient_checkpointing: bool = _field(True, "Recompute activations: less memory, more time.")
     log_every: int = _field(10, "Steps between lines of metrics.")
     eval_every: int = _field(100, "Steps between evaluations, with --eval-data.")
     save_every: int = _field(500, "Steps between resumable states.")
