@@ -1,0 +1,127 @@
+"""The arms of scripts/reproduce_paper.py compute what transformers and irq_export.iec compute."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from irq_export.iec import IecLinear
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(SCRIPTS), *sys.path])
+
+
+def test_arms_equal_transformers_with_iec_modules() -> None:
+    """Two arms, two seeds, with and without IEC: losses and gradients are those of the modules themselves."""
+    from _reproduce_model import KINDS, MODULES, Adapters, Arms, Shape, Weights
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    models = [LlamaForCausalLM(config).double().requires_grad_(False) for _ in range(2)]
+    models[1].model.embed_tokens.weight.copy_(models[0].model.embed_tokens.weight)
+    shape = Shape.from_config(config.to_dict())
+    layers = [model.model.layers for model in models]
+    linears = {
+        kind: torch.stack(
+            [torch.stack([arm[i].get_submodule(MODULES[kind]).weight for arm in layers]) for i in range(2)]
+        )
+        for kind in KINDS
+    }
+    weights = Weights(
+        models[0].model.embed_tokens.weight, torch.ones(5, 64, dtype=torch.float64), linears
+    )  # fresh norms are ones
+    adapters = Adapters(shape, [3, 4], [True, False], [True, False], rank=12, scaling=0.5)
+    with torch.no_grad():
+        for table in (adapters.a, adapters.b):
+            for kind in KINDS:
+                table[kind] = torch.randn_like(table[kind]).double().mul_(0.1).requires_grad_()
+        adapters.beta = torch.randn_like(adapters.beta).double().requires_grad_()
+    arms = Arms(shape, weights, adapters)
+    tokens = torch.randint(50, (2, 3, 8))
+    positions, targets = torch.tensor([[0, 5, 9], [1, 2, 20]]), torch.randint(50, (2, 3))
+    targets[1, 2] = -100
+    losses = arms.losses(tokens, positions, targets)
+    losses.sum().backward()
+
+    for arm, model in enumerate(models):
+        wrapped = {}
+        for layer in range(2):
+            for index, kind in enumerate(KINDS):
+                name = f"model.layers.{layer}.{MODULES[kind]}"
+                module = IecLinear(model.get_submodule(name), 12, scaling=0.5, dtype=torch.float64)
+                with torch.no_grad():
+                    module.lora_a.copy_(adapters.a[kind][layer, arm])
+                    module.lora_b.copy_(adapters.b[kind][layer, arm])
+                    beta = adapters.beta[index, :, layer, arm] * (1.0 if arm == 0 else 0.0)
+                    module.beta1.fill_(beta[0])
+                    module.beta2.fill_(beta[1])
+                model.set_submodule(name, module)
+                wrapped[kind, layer] = module
+        logits = model(tokens[arm]).logits.flatten(0, 1)[positions[arm]]
+        loss = torch.nn.functional.cross_entropy(logits, targets[arm], ignore_index=-100)
+        loss.backward()
+        torch.testing.assert_close(losses[arm], loss.float(), rtol=1e-5, atol=0)
+        for (kind, layer), module in wrapped.items():
+            for ours, theirs in ((adapters.a, module.lora_a), (adapters.b, module.lora_b)):
+                torch.testing.assert_close(ours[kind].grad[layer, arm], theirs.grad, rtol=1e-3, atol=1e-7)
+            got = adapters.beta.grad[KINDS.index(kind), :, layer, arm]
+            expected = torch.cat([module.beta1.grad, module.beta2.grad]) * (1.0 if arm == 0 else 0.0)
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_clip_bounds_each_arm_alone() -> None:
+    from _reproduce_model import Adapters, Shape
+
+    shape = Shape(layers=2, hidden=64, ffn=96, heads=4, kv_heads=2, vocab=8, eps=1e-5, theta=1e4)
+    adapters = Adapters(shape, [0, 0], [True, True], [True, True], rank=8, scaling=1.0)
+    for p in adapters.parameters():
+        p.grad = torch.zeros_like(p)
+    adapters.beta.grad[0, 1, 1, 0] = 3.0
+    adapters.a["q"].grad[1, 0, 2, 5] = 4.0
+    adapters.b["v"].grad[0, 1, 0, 0] = 0.2
+    norms = adapters.clip(0.5)
+    torch.testing.assert_close(norms, torch.tensor([5.0, 0.2]))
+    torch.testing.assert_close(adapters.beta.grad[0, 1, 1, 0], torch.tensor(0.3))
+    torch.testing.assert_close(adapters.a["q"].grad[1, 0, 2, 5], torch.tensor(0.4))
+    torch.testing.assert_close(adapters.b["v"].grad[0, 1, 0, 0], torch.tensor(0.2))
+
+
+def test_batches_pair_the_seeds() -> None:
+    """Every seed sees every example of a class once before any twice, in batches of one shape."""
+    from _reproduce_data import Sequences, batches
+
+    rng = np.random.default_rng(0)
+    examples = Sequences.of([([i, *rng.integers(0, 9, int(rng.integers(4, 60)))], 2) for i in range(64)])
+    seen: dict[int, list[int]] = {0: [], 1: []}
+    for tokens, positions, targets in batches(examples, [0, 1], 40, 4):
+        assert tokens.shape[:2] == (2, 4)
+        assert positions.shape == targets.shape
+        for seed in seen:
+            seen[seed] += tokens[seed, :, 0].tolist()
+            scored = targets[seed] >= 0
+            row, column = np.divmod(positions[seed][scored], tokens.shape[2])
+            np.testing.assert_array_equal(tokens[seed, row, column + 1], targets[seed][scored])
+    for order in seen.values():
+        counts = np.bincount(order, minlength=64)
+        short = examples.lengths <= 32
+        for group in (counts[short], counts[~short]):
+            assert group.max() - group.min() <= 1
+    assert seen[0] != seen[1]
