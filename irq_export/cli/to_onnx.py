@@ -60,6 +60,11 @@ _PATH = click.Path(path_type=Path)
     help="int3 and int2: 4 carries them in 4 bits, fast in stock onnxruntime; own keeps their bits.",
 )
 @click.option("--context", type=int, help="Positions to export for (default: those of the model).")
+@click.option(
+    "--library",
+    is_flag=True,
+    help="Put our library, built for this machine, beside the model, where onnxruntime-genai loads it.",
+)
 @click.option("--dry-run", is_flag=True, help="Print tensors, bytes and peaks; write nothing.")
 @force_option
 @json_option

@@ -2,10 +2,13 @@
 
 Nothing of the data file is read before all that the graph says about it has been checked: its name is plain
 and it is no link, every range lies inside it and belongs to one tensor, lengths are those of dtype and shape.
+A model that opens may be given to a runtime: the graph has been checked too (:mod:`.graph_check`).
 """
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.files import FixedFile, open_fixed
+from irq_formats.onnx.graph_check import check_graph
 
 __all__ = ["DATA_NAME", "FORMAT_VERSION", "MODEL_NAME", "OnnxModel", "StoredTensor", "open_model"]
 
@@ -117,6 +121,8 @@ def open_model(path: str | Path) -> OnnxModel:
     """
     path = Path(path)
     path = path / MODEL_NAME if path.is_dir() else path
+    if path.is_symlink():
+        raise MalformedFile("the model is a link", where=path, expected="a regular file")
     file = open_fixed(path)
     if file.size > _MAX_GRAPH_BYTES:
         raise MalformedFile("too large", where=path, expected=f"<= {_MAX_GRAPH_BYTES} bytes", got=file.size)
@@ -135,15 +141,14 @@ def open_model(path: str | Path) -> OnnxModel:
     external = [
         tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
     ]
-    if not external:
-        return OnnxModel(path, proto, metadata, {}, None)
-    data = _data_file(path, external)
-    tensors = {}
+    data = _data_file(path, external) if external else None
+    tensors: dict[str, StoredTensor] = {}
     for proto_tensor in external:
         if proto_tensor.name in tensors:
             raise MalformedFile("two tensors of one name", where=path, got=proto_tensor.name)
-        tensors[proto_tensor.name] = _stored(path, proto_tensor, data.size)
+        tensors[proto_tensor.name] = _stored(path, proto_tensor, data.size if data else 0)
     _check_disjoint(path, tensors)
+    check_graph(proto, tensors, where=path)
     return OnnxModel(path, proto, metadata, tensors, data)
 
 
@@ -160,12 +165,16 @@ def _data_file(path: Path, external: list[onnx.TensorProto]) -> FixedFile:
             "external data outside the model's folder", where=path, expected="a plain name", got=repr(name)
         )
     target = path.parent / name
-    if target.is_symlink():
-        raise MalformedFile("external data is a link", where=target, expected="a regular file")
     try:
-        return open_fixed(target)
-    except UsageError as error:
+        status = os.lstat(target)
+        if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
+            raise MalformedFile("external data is a link", where=target, expected="a file of one name")
+        data = open_fixed(target)
+    except (UsageError, OSError, ValueError) as error:
         raise MalformedFile("external data is missing", where=target) from error
+    if data.identity[:2] != (status.st_dev, status.st_ino):
+        raise MalformedFile("external data was replaced while it was opened", where=target)
+    return data
 
 
 def _stored(path: Path, tensor: onnx.TensorProto, size: int) -> StoredTensor:

@@ -1,4 +1,4 @@
-"""Files beside the model: tokenizer, chat template, generation settings; later what a runtime asks for.
+"""Files beside the model: tokenizer, chat template, generation settings, and what onnxruntime-genai asks for.
 
 :data:`COMPANIONS` is the hook: every function in it is called with the directory under construction, the
 checkpoint and the options, before the manifest is written.
@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from irq_export.export.onnx.genai import write_genai_config, write_library
 from irq_export.export.onnx.options import OnnxOptions
 from irq_formats.checkpoint import Checkpoint
 
@@ -39,4 +40,8 @@ def _copy(directory: Path, checkpoint: Checkpoint, options: OnnxOptions) -> None
         shutil.copyfile(file, directory / file.name)
 
 
-COMPANIONS: tuple[Callable[[Path, Checkpoint, OnnxOptions], None], ...] = (_copy,)
+COMPANIONS: tuple[Callable[[Path, Checkpoint, OnnxOptions], None], ...] = (
+    _copy,
+    write_genai_config,
+    write_library,
+)

@@ -24,6 +24,7 @@ from irq_formats.errors import ParityFailed, UsageError
 from irq_formats.manifest import write_manifest
 from irq_formats.onnx.data_file import data_offsets, write_data
 from irq_formats.onnx.model_file import DATA_NAME, FORMAT_VERSION, MODEL_NAME
+from irq_runtime.onnx import library_path
 
 __all__ = ["OnnxResult", "plan_onnx", "to_onnx"]
 
@@ -103,6 +104,7 @@ def to_onnx(
     adapter_slots: bool = True,
     int_bits: str = "4",
     context: int | None = None,
+    library: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> OnnxResult:
@@ -119,6 +121,7 @@ def to_onnx(
         adapter_slots: Give every linear layer inputs for an adapter.
         int_bits: ``4`` carries int3 and int2 in 4-bit integers, ``own`` keeps their bits.
         context: Positions to export for; None takes those the model was made for.
+        library: Put our library, built for this machine, beside the model: onnxruntime-genai loads it.
         overwrite: Replace an existing output.
         progress: Called after each tensor.
 
@@ -140,6 +143,7 @@ def to_onnx(
         adapter_slots=adapter_slots,
         int_bits=int_bits,
         context=context,
+        library=library,
     )
     export = _Export.open(checkpoint, Path(output), options)
     preflight(export.plan, export.inputs, overwrite=overwrite)
@@ -186,7 +190,7 @@ class _Export:
             graph_bytes=len(graph),
             tensors=tuple(network.tensors.values()),
             adapters=() if options.bake_adapter else tuple(adapters),
-            companions={file.name: file.stat().st_size for file in companion_files(checkpoint.path)},
+            companions={file.name: file.stat().st_size for file in _companions(checkpoint, options)},
             quantized_weights=sum(block.shape[0] * block.shape[1] for block in checkpoint.blocks.values()),
             skipped={},
             notes=tuple(notes),
@@ -249,6 +253,10 @@ class _Export:
             skipped=dict(plan.skipped),
             notes=plan.notes,
         )
+
+
+def _companions(checkpoint: Checkpoint, options: OnnxOptions) -> list[Path]:
+    return [*companion_files(checkpoint.path), *([library_path()] if options.library else [])]
 
 
 def _metadata(checkpoint: Checkpoint, options: OnnxOptions) -> dict[str, str]:

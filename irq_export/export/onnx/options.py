@@ -32,6 +32,7 @@ class OnnxOptions:
         int_bits: ``4``: int3 and int2 are carried in 4-bit integers, which stock onnxruntime multiplies
             fast; ``own``: they keep their 3 and 2 bits.
         context: Positions the model is exported for; None takes those it was made for.
+        library: Put our library, built for this machine, beside the model: onnxruntime-genai loads it.
 
     Raises:
         UsageError: An unknown value, or options that contradict each other.
@@ -45,6 +46,7 @@ class OnnxOptions:
     adapter_slots: bool = True
     int_bits: str = "4"
     context: int | None = None
+    library: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -62,6 +64,8 @@ class OnnxOptions:
         names = [self.adapter_name(path) for path in self.adapters]
         if len(set(names)) < len(names):
             raise UsageError("two adapters of one name", got=", ".join(names))
+        if self.library and self.profile != "irq":
+            raise UsageError("profile stock has no nodes for the library", expected="irq", got=self.profile)
         if self.context is not None and self.context < 1:
             raise UsageError("context out of range", expected=">= 1", got=self.context)
 
