@@ -171,8 +171,8 @@ def quantize_calibrated(
     if moments.ndim == 1:
         codes = spec.codec.encode(exact.cpu().numpy(), stored.scale(), stored.tau())
     else:
-        pair = (torch.from_numpy(x).to(exact.device) for x in (stored.scale(), stored.tau()))
-        codes = feedback_codes(exact, *pair, moments, spec.codebook).cpu().numpy()
+        scale, tau = (torch.from_numpy(x).to(exact.device) for x in (stored.scale(), stored.tau()))
+        codes = feedback_codes(exact, scale, tau, moments, spec.codebook).cpu().numpy()
     block = replace(stored, parts={"codes": spec.codec.pack(codes), **stored.parts})
     norm = float(exact.double().square().sum())
     error = float((exact.cpu().double() - torch.from_numpy(block.dequantize())).square().sum())
