@@ -32,6 +32,8 @@ __all__ = ["feedback_codes", "nearest_codes", "quantize_calibrated", "weighted_p
 _STARTS = (1.0, 0.9, 0.8, 0.7)
 #: Turns of codes and pair from each start.
 _ROUNDS = 4
+#: Weights whose pairs are found together: temporaries stay below 256 MiB.
+_AT_ONCE = 1 << 22
 #: Share of the mean of diag(H) added to it.
 _DAMPING = 0.01
 
@@ -166,7 +168,10 @@ def quantize_calibrated(
         raise UsageError("moments are sums of squares", where=where, expected="finite, not negative")
     exact = weight.detach().float()
     blocks = exact.reshape(shape[0], -1, spec.block_size)
-    scale, tau = weighted_pairs(blocks, diagonal.float().reshape(-1, spec.block_size), spec.codebook)
+    importance = diagonal.float().reshape(-1, spec.block_size)
+    rows = max(1, _AT_ONCE // shape[1])
+    pairs = [weighted_pairs(some, importance, spec.codebook) for some in torch.split(blocks, rows)]
+    scale, tau = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     stored = store_scales(scale.cpu().numpy(), tau.cpu().numpy(), spec, shape)
     if moments.ndim == 1:
         codes = spec.codec.encode(exact.cpu().numpy(), stored.scale(), stored.tau())

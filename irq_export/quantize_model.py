@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from irq_export.calibrate import Importance, read_importance
 from irq_export.icq import SearchConfig, check_settings, quantize_rows
+from irq_export.icq_calibrated import quantize_calibrated
 from irq_export.quantize_plan import INT8, QuantizePlan, plan_quantization
 from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
 from irq_formats.checkpoint_writer import checkpoint_writer
@@ -123,6 +125,7 @@ def quantize(
     embedding: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    importance: str | Path | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -145,6 +148,8 @@ def quantize(
         embedding: ``int8`` quantises the embedding and an untied head to Q8_0.
         include: Shell patterns of module names; where given, only linears that match are quantised.
         exclude: Shell patterns of linears that are not quantised.
+        importance: File of ``irq_export.calibrate``: scale and offset are fitted to what the inputs of
+            each linear carry; nothing is searched (``icq``, ``tie``, ``refine``, ``objective`` stay default).
         device: Where to search: ``cpu``, ``cuda``, ``cuda:1``. The result does not depend on it.
         overwrite: Replace an existing checkpoint.
         progress: Called with (tensors done, tensors in all, name).
@@ -163,6 +168,7 @@ def quantize(
     spec = BlockSpec(codebook, block_size, scale, tau, scale_rounding)
     search = SearchConfig(icq=icq, objective=objective, tie=tie, refine=refine, numerics=numerics)
     check_settings(spec, search)
+    calibration = None if importance is None else _calibration(Path(importance), spec, search)
     where = _device(device)
     plan = plan_quantization(model_dir, spec, embedding=embedding, include=include, exclude=exclude)
     output = Path(output_dir)
@@ -175,12 +181,14 @@ def quantize(
             if tensor.spec is None:
                 writer.add_plain(tensor.ref, partial(_read_finite, plan.source, tensor.ref))
                 continue
-            block, report = _quantize_one(tensor.module, tensor.spec, tensor.ref, plan.source, search, where)
+            how = search if calibration is None else calibration
+            block, report = _quantize_one(tensor.module, tensor.spec, tensor.ref, plan.source, how, where)
             writer.add_block(tensor.module, block)
             reports.append(report)
         for companion in companions(plan.path):
             writer.copy_file(companion)
-        quantization = writer.finish(plan.config, spec=spec, skipped=plan.skipped, search=search.to_dict())
+        record = search.to_dict() if calibration is None else calibration.to_dict()
+        quantization = writer.finish(plan.config, spec=spec, skipped=plan.skipped, search=record)
     return QuantizeReport(
         output=output,
         base_hash=quantization.base_hash,
@@ -189,6 +197,19 @@ def quantize(
         output_bytes=sum(path.stat().st_size for path in output.glob("*.safetensors")),
         seconds=time.monotonic() - started,
     )
+
+
+def _calibration(path: Path, spec: BlockSpec, search: SearchConfig) -> Importance:
+    """Read the importance of the inputs, which leaves nothing to search."""
+    if search != SearchConfig():
+        raise UsageError(
+            "with importance nothing is searched",
+            expected="icq, objective, tie, refine and numerics as they are by default",
+            hint="Leave them out, or quantise without --importance",
+        )
+    if spec.tau == "none":
+        raise UsageError("importance fits an offset, and tau none stores none", hint="Leave tau out")
+    return read_importance(path)
 
 
 def _device(name: str) -> torch.device:
@@ -220,7 +241,7 @@ def _quantize_one(
     spec: BlockSpec,
     ref: TensorRef,
     source: SafeTensors,
-    search: SearchConfig,
+    how: SearchConfig | Importance,
     device: torch.device,
 ) -> tuple[BlockTensor, TensorReport]:
     """Quantise the matrix of module ``name``."""
@@ -234,7 +255,11 @@ def _quantize_one(
         def read(rows: slice) -> torch.Tensor:
             return torch.from_numpy(_read_rows(source, ref, rows)).to(device)
 
-        result = quantize_rows(read, shape, spec, search, where=ref.name)
+        if isinstance(how, Importance):
+            moments = how.of(name).to(device)
+            result = quantize_calibrated(read(slice(0, shape[0])), spec, moments, where=ref.name)
+        else:
+            result = quantize_rows(read, shape, spec, how, where=ref.name)
         block, rel_mse = result.block, result.rel_mse
         before, after = result.entropy_before, result.entropy_after
     return block, TensorReport(name, block.shape, spec.codebook, before, after, rel_mse, block.nbytes)

@@ -88,6 +88,12 @@ __all__ = ["command"]
 @click.option(
     "--exclude", multiple=True, metavar="PATTERN", help="Keep linears that match as they are (repeatable)."
 )
+@click.option(
+    "--importance",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Of irq-export calibrate: fit scale and offset to what each input carries, instead of a search.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to search: cpu, cuda, cuda:1.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done with every tensor, and write nothing.")
 @force_option
