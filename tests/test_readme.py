@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -44,6 +45,8 @@ def test_five_lines(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = [line for line in commands(repo)[2:] if line.startswith("irq-export ")]
     assert len(lines) >= 5
     monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Count to {i}.", "output": "Once upon a time."} for i in range(4)]
+    Path("DATA.json").write_text(json.dumps(rows))
     model = repo / "irq_export" / "demo_model"
     for line in lines:
         run(line.removeprefix("irq-export ").replace("MODEL_DIR", str(model)))

@@ -30,7 +30,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 SCHEMA = "irq.export/1"
 
 #: Packages that the base install does not have, and the extra that brings them.
-_EXTRAS = {"torch": "train", "transformers": "train", "accelerate": "train", "xllamacpp": "llamacpp"}
+_EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "yaml"), "train"),
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime"), "onnx"),
+    "xllamacpp": "llamacpp",
+    "lm_eval": "evaluate",
+}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 force_option = click.option("--force", "overwrite", is_flag=True, help="Replace an existing output.")
