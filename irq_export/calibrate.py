@@ -173,8 +173,8 @@ def calibrate(
     tokens = torch.tensor(ids[: count * context], device=device).view(count, context)
     with atomic_file(output, overwrite=overwrite) as file:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval()
-        moments, nats = input_importance(model, tokens, progress)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+        moments, nats = input_importance(model.to(device).eval(), tokens, progress)
         specs = [TensorSpec(name, "F32", tuple(vector.shape)) for name, vector in moments.items()]
         record = {_KEY: "1", "tokens": str(tokens.numel()), "text_sha256": hashlib.sha256(raw).hexdigest()}
         with SafeTensorsWriter(file, specs, record) as writer:

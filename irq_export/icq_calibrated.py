@@ -127,7 +127,8 @@ def _feedback_factor(moments: Tensor) -> Tensor:
     mean = diagonal.mean(dim=-1, keepdim=True)
     diagonal += torch.where(mean > 0, mean * _DAMPING, 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def quantize_calibrated(
