@@ -94,8 +94,8 @@ KERNEL_EXACT_NMSE = 1e-12
 #: that, for one input of 600 columns against 71 rows scatters by up to a factor of 2 (measured 2.4e-7).
 KERNEL_FAST_NMSE = 4e-7
 
-#: Engine in fast mode against exact, logits of a tiny model. 1.3e-7 a product (KERNEL_FAST_NMSE), ten in a row, a
-#: factor 3 of amplification: 4e-6.
+#: Engine in fast mode against exact, logits of a tiny model. 1.3e-7 a product (KERNEL_FAST_NMSE), ten in a
+#: row, a factor 3 of amplification: 4e-6.
 NMSE_FAST_TINY = 5e-6
 
 #: Log-likelihood of one token of a tiny model, batched or cached against alone. float64: transformers takes
@@ -110,8 +110,8 @@ LOGLIKELIHOOD_FLOAT32 = 5e-5
 #: layers deep (each amplifies by its norm): a few 1e-6. A wrong weighting of the halves shows at 1e-1.
 DDP_GRADIENT = 1e-4
 
-#: Rounding a result to float16: half a unit in the last place, 2^-11 of its magnitude, or, where it is denormal,
-#: half of 2^-24.
+#: Rounding a result to float16: half a unit in the last place, 2^-11 of its magnitude, or, where it is
+#: denormal, half of 2^-24.
 HALF_ROUNDOFF = 2.0**-11
 HALF_SMALLEST = 2.0**-25
 
@@ -138,10 +138,10 @@ SUM_ORDER_FLOAT64 = 1e-12
 #: their block sums, sqrt(192) * 2^-24 = 8e-7. Measured 4e-8..4e-7 on onnxruntime 1.20, 1.24 and 1.31.
 ONNX_BODY_RELATIVE = 1e-6
 
-#: The same in float16, K = 192: inputs exact, tau rounded (2^-11), sums and result rounded to float16 once or, in
-#: kernels that accumulate in float16, sqrt(192) * 2^-11 = 7e-3 at worst. Measured 4e-4..2e-3.
+#: The same in float16, K = 192: inputs exact, tau rounded (2^-11), sums and result rounded to float16 once
+#: or, in kernels that accumulate in float16, sqrt(192) * 2^-11 = 7e-3 at worst. Measured 4e-4..2e-3.
 ONNX_BODY_FLOAT16 = 5e-3
 
-#: An ONNX model in float16 against torch float32, logits of a tiny model: 2^-11 relative a rounding, squared and
-#: over 3: 8e-8 each; some 30 in a row, a factor 10 of amplification. Measured 1e-6.
+#: An ONNX model in float16 against torch float32, logits of a tiny model: 2^-11 relative a rounding, squared
+#: and over 3: 8e-8 each; some 30 in a row, a factor 10 of amplification. Measured 1e-6.
 NMSE_FLOAT16_TINY = 2.5e-5

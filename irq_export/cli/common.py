@@ -31,7 +31,8 @@ SCHEMA = "irq.export/1"
 
 #: Packages that the base install does not have, and the extra that brings them.
 _EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "yaml"), "train"),
+    **dict.fromkeys(("torch", "transformers", "peft", "accelerate"), "train"),
+    **dict.fromkeys(("bitsandbytes", "datasets", "yaml"), "train"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime"), "onnx"),
     "xllamacpp": "llamacpp",
     "lm_eval": "evaluate",
