@@ -3,7 +3,8 @@
 The parts are buffers under the names of the checkpoint, in the dtypes of the checkpoint; the weight is
 decoded whenever it is needed (:mod:`irq_export.block_linear`), bit for bit as :mod:`irq_formats.blocks`
 does. Moving a module between devices moves its parts; casting a module (``.double()``,
-``.to(torch.bfloat16)``) leaves them alone.
+``.to(torch.bfloat16)``) leaves them alone, and a cast that goes around the module is refused by its next
+forward pass. :meth:`BlockModule.shardable` makes them parameters of plain bytes, which FSDP2 shards.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from irq_export.block_linear import Parts, block_linear, decode, decode_blocks, effective_scale, effective_tau
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
+from irq_formats.errors import UsageError
 
-__all__ = ["BlockModule", "IrqEmbedding", "IrqLinear", "IrqTiedHead"]
+__all__ = ["BlockModule", "IrqEmbedding", "IrqHead", "IrqLinear", "IrqTiedHead"]
 
 
 class BlockModule(nn.Module):
@@ -39,26 +41,52 @@ class BlockModule(nn.Module):
         self.shape = shape
         layout = part_layout(spec, shape)
         self.part_names = tuple(layout)
-        for name, (dtype, part_shape) in layout.items():
-            self.register_buffer(name, torch.zeros(part_shape, dtype=getattr(torch, dtype.name)))
+        self._dtypes: dict[str, torch.dtype] = {n: getattr(torch, d.name) for n, (d, _) in layout.items()}
+        for name, (_, part_shape) in layout.items():
+            self.register_buffer(name, torch.zeros(part_shape, dtype=self._dtypes[name]))
+
+    def part(self, name: str) -> Tensor:
+        """Return a part in its dtype.
+
+        Raises:
+            UsageError: Somebody has cast it (a mixed-precision policy with a ``buffer_dtype``, say).
+        """
+        stored, dtype = getattr(self, name), self._dtypes[name]
+        if isinstance(stored, nn.Parameter) and stored.dtype == torch.uint8:
+            return stored.view(dtype)
+        if stored.dtype != dtype:
+            raise UsageError(
+                f"{name} of a quantised layer was cast, and its bits are lost",
+                expected=dtype,
+                got=stored.dtype,
+                hint="Load the model again, and leave buffer_dtype out of the mixed-precision policy",
+            )
+        return stored  # type: ignore[no-any-return]
+
+    def shardable(self) -> None:
+        """Turn the parts into frozen parameters of bytes: FSDP2 shards them, and casts no bytes."""
+        for name in self.part_names:
+            stored = self.part(name).view(torch.uint8)
+            del self._buffers[name]
+            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
 
     @torch.no_grad()
     def load_block(self, tensor: BlockTensor) -> None:
         """Copy the parts of a block tensor of the same spec and shape."""
         for name in self.part_names:
-            self.get_buffer(name).copy_(torch.from_numpy(np.ascontiguousarray(tensor.parts[name])))
+            self.part(name).copy_(torch.from_numpy(np.ascontiguousarray(tensor.parts[name])))
 
     def block_tensor(self) -> BlockTensor:
         """Return the parts as a block tensor (copies on the CPU)."""
-        parts = {name: self.get_buffer(name).cpu().numpy().copy() for name in self.part_names}
+        parts = {name: self.part(name).cpu().numpy().copy() for name in self.part_names}
         return BlockTensor(self.spec, self.shape, parts)
 
     def parts(self) -> Parts:
-        """The buffers, as the functions of :mod:`irq_export.block_linear` take them."""
-        stored, spec = self._buffers, self.spec
+        """The parts, as the functions of :mod:`irq_export.block_linear` take them."""
+        stored, spec = {name: self.part(name) for name in self.part_names}, self.spec
         return Parts(
-            self.get_buffer("codes"),
-            self.get_buffer("scale"),
+            stored["codes"],
+            stored["scale"],
             stored.get("scale_absmax"),
             stored.get("scale_offset"),
             stored.get("tau"),
@@ -75,7 +103,7 @@ class BlockModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockModule:
         """Move the parts, never cast them: ``fn`` is shown plain bytes, which a cast leaves alone."""
-        dtypes = {name: self.get_buffer(name).dtype for name in self.part_names}
+        dtypes = {name: self.get_buffer(name).dtype for name in self.part_names if name in self._buffers}
         try:
             for name in dtypes:
                 self._buffers[name] = self.get_buffer(name).view(torch.uint8)
@@ -120,11 +148,40 @@ class IrqLinear(BlockModule):
     @property
     def qweight(self) -> Tensor:
         """The packed codes, under the name by which PEFT finds the device of a quantised layer."""
-        return self.get_buffer("codes")
+        return self.part("codes")
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)`` in the dtype of ``x``, or of autocast."""
         return block_linear(x, self.parts(), self.bias)
+
+
+class IrqHead(IrqLinear):
+    """An output head of its own: an :class:`IrqLinear` that also gives out its weight.
+
+    Args:
+        spec: How to read the parts.
+        in_features: Width of the hidden states.
+        out_features: Size of the vocabulary.
+        bias: As of :class:`IrqLinear`.
+        dtype: Of bias and weight; follows casts of the module.
+    """
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec, in_features, out_features, bias=bias, dtype=dtype)
+        self.register_buffer("compute", torch.empty(0, dtype=dtype), persistent=False)  # as of IrqEmbedding
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded matrix, for losses that multiply by it themselves (TRL)."""
+        return self.dequantize(self.get_buffer("compute").dtype)
 
 
 class IrqEmbedding(BlockModule):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from irq_export.block_modules import BlockModule, IrqEmbedding, IrqLinear
+from irq_export.block_modules import BlockModule, IrqEmbedding, IrqHead, IrqLinear
 from irq_export.icq import SearchConfig, quantize_tensor
 from irq_export.quantize_plan import EMBEDDING, HEAD, INT8, choose_linears
 from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
@@ -50,7 +50,8 @@ def block_layer(layer: nn.Module, spec: BlockSpec, name: str) -> BlockModule:
         UnsupportedModel: The layer is neither linear nor an embedding.
     """
     if isinstance(layer, nn.Linear):
-        return IrqLinear(spec, layer.in_features, layer.out_features, bias=layer.bias is not None)
+        kind = IrqHead if name == HEAD else IrqLinear
+        return kind(spec, layer.in_features, layer.out_features, bias=layer.bias is not None)
     if isinstance(layer, nn.Embedding):
         return IrqEmbedding(spec, layer.num_embeddings, layer.embedding_dim)
     raise UnsupportedModel(

@@ -182,8 +182,14 @@ def test_gradients_through_peft_are_those_of_our_module(
                 assert torch.allclose(theirs.grad, mine.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_trl_trains_it_and_the_result_deploys(checkpoint: Path, tmp_path: Path) -> None:
-    """SFTTrainer puts our configuration on the model, trains it in bf16 and saves what exporters read."""
+@pytest.mark.parametrize("tied", [True, False])
+def test_trl_trains_it_and_the_result_deploys(tied: bool, tmp_path: Path) -> None:
+    """SFTTrainer puts our configuration on the model, trains it in bf16 and saves what exporters read.
+
+    Its loss multiplies by the weight of the head, which is int8: the embedding, or a matrix of its own.
+    """
+    checkpoint = tmp_path / "base"
+    write_tiny_checkpoint(checkpoint, tied=tied, embedding=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trl = pytest.importorskip("trl")
