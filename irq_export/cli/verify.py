@@ -23,13 +23,18 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--adapter-dir",
     "--adapter",
-    "adapter",
+    "adapters",
     type=_PATH,
-    help="PEFT adapter directory (default: the checkpoint's own).",
+    multiple=True,
+    help="PEFT adapter directory (default: the checkpoint's own); repeatable for ONNX, one for each adapter.",
 )
 @click.option("--adapter-gguf", type=_PATH, help="A separate adapter file that belongs to FILE.")
 @click.option(
-    "--runtime", "runtimes", multiple=True, help="reference, llama.cpp, native; repeatable (default: all)."
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    help="GGUF: reference, llama.cpp, native. ONNX: onnxruntime, onnxruntime+irq, genai, genai+irq. "
+    "Repeatable, or with commas (default: all that are installed).",
 )
 @click.option("--text", type=_PATH, help="UTF-8 text to evaluate on (default: a passage of our own).")
 @click.option("--positions", default=256, show_default=True, type=click.IntRange(2), help="Tokens of it.")
@@ -51,7 +56,7 @@ _PATH = click.Path(path_type=Path)
 def command(
     file: Path,
     against: Path,
-    adapter: Path | None,
+    adapters: tuple[Path, ...],
     adapter_gguf: Path | None,
     runtimes: tuple[str, ...],
     text: Path | None,
@@ -67,7 +72,8 @@ def command(
 ) -> None:
     """Prove that FILE computes what the checkpoint computes.
 
-    FILE is a GGUF file or the directory of a stock pair. Exit code 0 if every gate holds, 4 if not.
+    FILE is a GGUF file, the directory of a stock pair, or the directory of an ONNX export.
+    Exit code 0 if every gate holds, 4 if not.
     """
     from irq_export.parity.baseline import compare_with_baseline, read_baseline
     from irq_export.parity.html import to_html
@@ -81,7 +87,7 @@ def command(
         found = verify(
             file,
             against=against,
-            adapter=adapter,
+            adapter=adapters or None,
             adapter_gguf=adapter_gguf,
             runtimes=runtimes or None,
             text=text,

@@ -5,7 +5,15 @@ All are on the NMSE of log-probabilities, except where said otherwise.
 
 from __future__ import annotations
 
-__all__ = ["FAST_NMSE", "FLOAT32_NMSE", "FLOAT64_NMSE", "KERNEL_RATIO", "LOSSY_NMSE"]
+__all__ = [
+    "FAST_NMSE",
+    "FLOAT32_NMSE",
+    "FLOAT64_NMSE",
+    "KERNEL_RATIO",
+    "LOAD_MEMORY_RATIO",
+    "LOSSY_NMSE",
+    "SESSION_BYTES",
+]
 
 #: numpy in float64 against torch in float64. Both round at 1e-16; what remains is the float32 rounding of
 #: norms, rotary angles and folded adapters that transformers itself prescribes (6e-8 relative).
@@ -29,3 +37,10 @@ LOSSY_NMSE = 1e-2
 #: 1.1e-5; two products in a row make a branch of the residual stream, 7e-5. Later layers amplify: by 17 on
 #: SmolLM2 (30 layers, 1.2e-3 measured); 70 is let pass.
 FAST_NMSE = 5e-3
+
+#: Memory that loading an ONNX model may take, times the bytes of its files: a second copy of the codes is
+#: more (two of five parts of an nf4 file), the weights in float32 are six times as much.
+LOAD_MEMORY_RATIO = 1.3
+
+#: Below that size the ratio is not decided on: a session of onnxruntime takes some megabytes for any model.
+SESSION_BYTES = 64 << 20

@@ -18,7 +18,8 @@ class Check:
     """One thing that was checked.
 
     Attributes:
-        level: ``container``, ``tensors``, ``tokenizer``, ``logits``, ``greedy`` or ``baseline``.
+        level: ``container``, ``tensors``, ``tokenizer``, ``memory``, ``kernels``, ``logits``, ``greedy`` or
+            ``baseline``.
         name: What was compared with what.
         passed: The verdict; None if it is only reported, without a gate.
         detail: What was measured, in one line.

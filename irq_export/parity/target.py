@@ -10,7 +10,7 @@ from irq_formats.gguf.irq_payload import ARCHITECTURE
 from irq_formats.gguf.pair import model_files
 from irq_formats.gguf.reader import GgufFile, open_gguf
 
-__all__ = ["Target", "open_target"]
+__all__ = ["Target", "is_onnx", "open_target"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Target:
     def runs_on_stock(self) -> bool:
         """True if llama.cpp can open it."""
         return self.kind != "irq"
+
+
+def is_onnx(path: Path) -> bool:
+    """Return whether a path is that of an ONNX model, or of a folder with one."""
+    return path.suffix == ".onnx" or (path / "model.onnx").exists()
 
 
 def open_target(path: Path, adapter: Path | None = None) -> Target:

@@ -27,7 +27,7 @@ from irq_export.parity.metrics import LogitMetrics, compare
 from irq_export.parity.native import native_level
 from irq_export.parity.report import Check, ParityReport
 from irq_export.parity.runtimes import LlamaCppRuntime, ReferenceRuntime, TorchRuntime
-from irq_export.parity.target import Target, open_target
+from irq_export.parity.target import Target, is_onnx, open_target
 from irq_export.parity.tensors import tensor_level
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import UsageError
@@ -45,7 +45,7 @@ def verify(
     file: str | Path,
     *,
     against: str | Path,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     adapter_gguf: str | Path | None = None,
     runtimes: Sequence[str] | None = None,
     text: str | Path | None = None,
@@ -58,35 +58,57 @@ def verify(
     """Compare an export with the checkpoint it was made from.
 
     Args:
-        file: GGUF file, or the directory of a stock pair.
+        file: GGUF file, the directory of a stock pair, or an ONNX model or its directory.
         against: The checkpoint directory.
-        adapter: PEFT directory of the adapter; default: the checkpoint's own, if it has one.
+        adapter: PEFT directory of the adapter, of an ONNX export those of all its adapters; default: the
+            checkpoint's own, if it has one.
         adapter_gguf: A separate adapter file that belongs to ``file``.
-        runtimes: Which of :data:`RUNTIMES` to run; default: all that are installed.
+        runtimes: Which of :data:`RUNTIMES`, for ONNX of :data:`ONNX_RUNTIMES`, to run; default: all that
+            are installed.
         text: UTF-8 file to evaluate on; default: a passage that ships with the package.
         positions: Tokens of the text to evaluate.
         greedy: Tokens to generate; 0 skips the level.
         adapter_scale: Scale given to the runtimes' adapter. Anything but 1 must fail: a test of the test.
-        threads: Threads of llama.cpp and of the native engine.
+        threads: Compute threads of the runtimes.
         progress: Called after every check with (done, total, its name); the total is an estimate.
 
     Returns:
         The report; ``report.passed`` is the verdict.
 
     Raises:
-        UsageError: Unknown runtime, nothing at ``file``, or a text that cannot be read.
+        UsageError: Unknown runtime, nothing at ``file``, a text that cannot be read, or adapters that are
+            not those of the file.
         WrongBase: The adapter was trained against another base.
         MalformedFile: The file or the checkpoint breaks its specification so that nothing can be compared.
     """
     started = time.perf_counter()
-    wanted = _wanted(runtimes)
+    given = [adapter] if isinstance(adapter, str | Path) else adapter or []
+    adapters = [Path(directory) for directory in given]
     checks: list[Check] = []
-    steps = ["container", "tensors", "tokenizer", *(f"logits, {name}" for name in wanted), "report"]
-    for i, check in enumerate(
-        _checks(
+    if is_onnx(Path(file)):
+        from irq_export.parity.onnx_verify import ONNX_RUNTIMES, installed_runtimes, onnx_checks
+
+        wanted = _wanted(runtimes, ONNX_RUNTIMES, installed_runtimes())
+        if adapter_gguf is not None or adapter_scale != 1:
+            raise UsageError("an ONNX export has its adapters in its folder, at scale 1", where=file)
+        found = onnx_checks(
             Path(file),
             open_checkpoint(Path(against)),
-            None if adapter is None else Path(adapter),
+            adapters,
+            wanted,
+            _read_text(text),
+            positions=positions,
+            greedy=greedy,
+            threads=threads,
+        )
+    else:
+        wanted = _wanted(runtimes, RUNTIMES, _installed())
+        if len(adapters) > 1:
+            raise UsageError("a GGUF file has one adapter", where=file, got=len(adapters))
+        found = _checks(
+            Path(file),
+            open_checkpoint(Path(against)),
+            adapters[0] if adapters else None,
             None if adapter_gguf is None else Path(adapter_gguf),
             wanted,
             _read_text(text),
@@ -95,7 +117,8 @@ def verify(
             adapter_scale,
             threads,
         )
-    ):
+    steps = ["container", "tensors", "tokenizer", *(f"logits, {name}" for name in wanted), "report"]
+    for i, check in enumerate(found):
         checks.append(check)
         if progress is not None:
             progress(min(i, len(steps) - 1), len(steps), f"{check.level}: {check.name}")
@@ -104,14 +127,19 @@ def verify(
     )
 
 
-def _wanted(runtimes: Sequence[str] | None) -> list[str]:
+def _wanted(runtimes: Sequence[str] | None, known: Sequence[str], installed: Sequence[str]) -> list[str]:
     if runtimes is None:
-        installed = importlib.util.find_spec("xllamacpp") is not None
-        return [name for name in RUNTIMES if name != "llama.cpp" or installed]
-    for name in runtimes:
-        if name not in RUNTIMES:
-            raise UsageError("unknown runtime", expected=" | ".join(RUNTIMES), got=name)
-    return list(runtimes)
+        return list(installed)
+    names = [name for group in runtimes for name in group.split(",")]
+    for name in names:
+        if name not in known:
+            raise UsageError("unknown runtime", expected=" | ".join(known), got=name)
+    return names
+
+
+def _installed() -> list[str]:
+    has_llama = importlib.util.find_spec("xllamacpp") is not None
+    return [name for name in RUNTIMES if name != "llama.cpp" or has_llama]
 
 
 def _read_text(text: str | Path | None) -> str:
@@ -126,6 +154,8 @@ def _read_text(text: str | Path | None) -> str:
 def _environment(wanted: Sequence[str]) -> dict[str, str]:
     packages = ["irq-export", "torch", "transformers", "numpy"]
     packages += ["xllamacpp"] * ("llama.cpp" in wanted)
+    packages += ["onnxruntime"] * any("onnxruntime" in name or "genai" in name for name in wanted)
+    packages += ["onnxruntime-genai"] * any("genai" in name for name in wanted)
     return {name: importlib.metadata.version(name) for name in packages}
 
 

@@ -45,7 +45,7 @@ class StoredShape(Protocol):
 
     @property
     def dtype(self) -> str:
-        """numpy name."""
+        """Its numpy name."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,14 +103,14 @@ class _Checker:
                 raise self._wrong("unknown domain or version", expected=expected, got=got)
 
     def _node(self, node: onnx.NodeProto, *, in_function: bool = False) -> None:
-        domain = "" if node.domain == "ai.onnx" else node.domain
         is_known = (
-            domain == ""
-            or (domain == CONTRIB and node.op_type in _CONTRIB_OPS)
-            or (domain == DOMAIN and node.op_type in _OPERATORS and not in_function)
+            node.domain == ""
+            or (node.domain == CONTRIB and node.op_type in _CONTRIB_OPS)
+            or (node.domain == DOMAIN and node.op_type in _OPERATORS and not in_function)
         )
         if not is_known or node.overload:
             raise self._wrong("unknown operator", got=f"{node.domain[:40]}::{node.op_type[:40]}")
+        self._unique("attributes", (attribute.name for attribute in node.attribute))
         for attribute in node.attribute:
             if attribute.type in (_AttributeType.GRAPH, _AttributeType.GRAPHS) or attribute.HasField("g"):
                 raise self._wrong("a node with a subgraph", got=node.op_type)
@@ -138,7 +138,7 @@ class _Checker:
     def _block_node(self, node: onnx.NodeProto) -> None:
         """A quantised matrix: operator, attributes and tensors say the same."""
         codebook = _OPERATORS[node.op_type]
-        attributes = {a.name: a.s if a.type == _AttributeType.STRING else a.i for a in node.attribute}
+        attributes = {a.name: a.s if a.name == "codebook" else a.i for a in node.attribute}
         if attributes.keys() != {"codebook", "block_size", "K", "N"}:
             raise self._wrong("attributes", got=f"{node.name[:80]}: {', '.join(sorted(attributes))[:80]}")
         if attributes["codebook"] != codebook.encode():
@@ -150,7 +150,7 @@ class _Checker:
             raise self._wrong("one operator with two block sizes", got=node.op_type)
 
     def _stock_product(self, node: onnx.NodeProto) -> None:
-        """onnxruntime's own product, in profile stock."""
+        """A product of onnxruntime's own, in profile stock."""
         numbers = {a.name: a.i for a in node.attribute}
         missing = {"K", "N", "block_size"} - numbers.keys()
         if missing or numbers.get("bits", 4) != 4 or numbers.get("transB", 1) != 1:

@@ -1,7 +1,7 @@
 """What onnxruntime-genai needs beside the model: ``genai_config.json``, and our library if asked for.
 
-genai finds tokenizer and chat template by itself in the Hugging Face files that are copied anyway. The names
-of the graph's inputs and outputs are the ones it expects; adapters are loaded with ``onnxruntime_genai.Adapters``.
+genai finds tokenizer and chat template by itself, in the Hugging Face files that are copied anyway. The
+graph's inputs and outputs have the names that it expects; ``onnxruntime_genai.Adapters`` loads adapter files.
 """
 
 from __future__ import annotations

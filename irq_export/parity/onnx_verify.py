@@ -1,0 +1,279 @@
+"""The levels of a verification of an ONNX export: from its bytes to the text of three runtimes.
+
+The container level decides whether anything of the folder is run at all: no runtime sees a model that our
+reader has not accepted, a configuration that names other code, or a library that is not ours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from irq_export.parity.gates import FLOAT32_NMSE, LOAD_MEMORY_RATIO, LOSSY_NMSE, SESSION_BYTES
+from irq_export.parity.levels import corpus
+from irq_export.parity.metrics import compare
+from irq_export.parity.onnx_runtimes import GenaiAnswer, OnnxRuntime, count_kernels, measure_load, run_genai
+from irq_export.parity.onnx_target import Case, OnnxTarget, open_onnx_target
+from irq_export.parity.report import Check
+from irq_export.parity.runtimes import TorchRuntime
+from irq_formats.checkpoint import Checkpoint
+from irq_formats.errors import UnsupportedModel, UsageError
+from irq_formats.onnx.operators import DOMAIN
+
+__all__ = ["ONNX_RUNTIMES", "installed_runtimes", "onnx_checks"]
+
+#: ``+irq``: with our library.
+ONNX_RUNTIMES = ("onnxruntime", "onnxruntime+irq", "genai", "genai+irq")
+
+_PROMPT_TOKENS = 8  # of the text, continued greedily
+#: An adapter whose effect is smaller than this could be forgotten and the gates would hold.
+_APART = 100 * FLOAT32_NMSE
+
+
+def installed_runtimes() -> list[str]:
+    """Return those of :data:`ONNX_RUNTIMES` that can run here."""
+    has_genai = importlib.util.find_spec("onnxruntime_genai") is not None
+    return [name for name in ONNX_RUNTIMES if has_genai or not name.startswith("genai")]
+
+
+def onnx_checks(
+    path: Path,
+    checkpoint: Checkpoint,
+    adapters: Sequence[Path],
+    runtimes: Sequence[str],
+    text: str,
+    *,
+    positions: int,
+    greedy: int,
+    threads: int,
+) -> Iterator[Check]:
+    """Yield every check, from the bytes to the text.
+
+    Args:
+        path: The folder, or the model in it.
+        checkpoint: What it was made from.
+        adapters: PEFT directories of its adapters.
+        runtimes: Of :data:`ONNX_RUNTIMES`.
+        text: To evaluate on.
+        positions: Tokens of it.
+        greedy: Tokens to generate; 0 skips the level.
+        threads: Compute threads.
+
+    Raises:
+        UsageError: The adapters are not those of the export, or there is too little text.
+        MalformedFile: The export breaks its specification.
+    """
+    target = open_onnx_target(path, checkpoint, adapters)
+    container = list(target.container_level())
+    yield from container
+    if not all(check.passed for check in container):
+        return
+    tensors = target.tensor_level()
+    yield tensors
+    encoder, texts = _Encoder(target), [*corpus(), "\n".join(corpus()[:3])]
+    expected = encoder.trained(texts)
+    yield from encoder.checks(texts, expected)
+    tokens = np.array(encoder.trained([text])[0][:positions])
+    if tokens.size < 2:
+        raise UsageError("the text is too short to compare logits", expected="2 tokens", got=int(tokens.size))
+    names = [name for name in runtimes if target.options.profile == "irq" or not name.endswith("+irq")]
+    for name in names:
+        if name.startswith("onnxruntime"):
+            yield _memory_check(target, name)
+            yield from _kernels_check(target, name)
+    trained = [_Trained.of(checkpoint, case, tokens, greedy) for case in target.cases]
+    for one in trained[1:]:
+        moved = compare(trained[0].logits, one.logits, tokens).nmse
+        detail = f"NMSE {moved:.2e} from the base in torch: what follows tells them apart"
+        yield Check("logits", f"adapter {one.case.name}", moved > _APART, detail, gate=f"NMSE > {_APART:g}")
+    exact = bool(tensors.values.get("exact"))
+    for name in names:
+        if name.startswith("onnxruntime"):
+            yield from _session_level(target, name, trained, tokens, threads=threads, exact=exact)
+        else:
+            yield from _genai_level(
+                target, name, trained, tokens, texts, expected, threads=threads, exact=exact
+            )
+
+
+class _Encoder:
+    """The tokenizer as trained, and the one in the folder."""
+
+    def __init__(self, target: OnnxTarget) -> None:
+        from transformers import AutoTokenizer
+
+        self._folder = target.folder
+        self._trained = AutoTokenizer.from_pretrained(target.checkpoint.path)
+        self._files = [
+            file.name
+            for pattern in ("tokenizer*", "chat_template*", "generation_config.json")
+            for file in sorted(target.checkpoint.path.glob(pattern))
+            if file.is_file()
+        ]
+        self._source = target.checkpoint.path
+
+    def trained(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of every text."""
+        return [list(self._trained(text, verbose=False)["input_ids"]) for text in texts]
+
+    def checks(self, texts: Sequence[str], expected: Sequence[list[int]]) -> Iterator[Check]:
+        """Compare the files, and what transformers reads from them."""
+        from transformers import AutoTokenizer
+
+        wrong = [name for name in self._files if not self._same(name)]
+        detail = f"{len(self._files)} files byte-equal" if not wrong else f"differ: {', '.join(wrong)}"
+        yield Check("tokenizer", "files", not wrong, detail, gate="byte-equal")
+        if not wrong:
+            exported = AutoTokenizer.from_pretrained(self._folder)
+            got = [list(exported(text)["input_ids"]) for text in texts]
+            yield _tokens_check("transformers in the folder", texts, expected, got)
+
+    def _same(self, name: str) -> bool:
+        path = self._folder / name
+        return path.is_file() and path.read_bytes() == (self._source / name).read_bytes()
+
+
+class _Trained:
+    """What torch computes for a case: logits ``(n, vocab)`` and greedy tokens."""
+
+    def __init__(
+        self, case: Case, logits: NDArray[np.floating], greedy: list[int], prompt: list[int]
+    ) -> None:
+        self.case, self.logits, self.greedy, self.prompt = case, logits, greedy, prompt
+        self.name = f"torch float32{f', adapter {case.name}' if case.name else ''}"
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, case: Case, tokens: NDArray[np.integer], greedy: int) -> _Trained:
+        """Run torch; its model is gone afterwards."""
+        runtime = TorchRuntime(checkpoint.path, case.adapter, "float32")
+        prompt = tokens[:_PROMPT_TOKENS].tolist()
+        return cls(case, runtime.logits(tokens), runtime.greedy(prompt, greedy), prompt)
+
+
+def _memory_check(target: OnnxTarget, name: str) -> Check:
+    size, peak = target.nbytes, measure_load(target.model, library=name.endswith("+irq"))
+    decides = size >= SESSION_BYTES
+    detail = (
+        f"peak {peak / 2**20:.0f} MiB above the process before, {peak / size:.2f} x the files"
+        f" (VmHWM - VmRSS of a fresh process, 1 thread)"
+    )
+    values = {"peak_bytes": peak, "file_bytes": size}
+    gate = f"<= {LOAD_MEMORY_RATIO} x" if decides else f"decides from {SESSION_BYTES >> 20} MiB of files on"
+    return Check(
+        "memory",
+        f"loading in {name}",
+        peak <= LOAD_MEMORY_RATIO * size if decides else None,
+        detail,
+        values,
+        gate,
+    )
+
+
+def _kernels_check(target: OnnxTarget, name: str) -> Iterator[Check]:
+    """The kernel really ran where the library is registered, and the function body where it is not."""
+    nodes = sum(node.domain == DOMAIN for node in target.model.proto.graph.node)
+    if not nodes:
+        return
+    has_library = name.endswith("+irq")
+    ran, expected = count_kernels(target.model, library=has_library), nodes if has_library else 0
+    detail = f"{ran} of {nodes} matrices ran in our kernels, by onnxruntime's profile"
+    yield Check("kernels", name, ran == expected, detail, {"ran": ran, "nodes": nodes}, f"{expected}")
+
+
+def _session_level(
+    target: OnnxTarget,
+    name: str,
+    trained: Sequence[_Trained],
+    tokens: NDArray[np.integer],
+    *,
+    threads: int,
+    exact: bool,
+) -> Iterator[Check]:
+    """One session; adapters are swapped in it, and the base comes once more at the end."""
+    runtime = OnnxRuntime(target.model, library=name.endswith("+irq"), threads=threads)
+    for one in trained:
+        runtime.use(one.case.file)
+        yield _logits_check(runtime.name, one, runtime.logits(tokens), tokens, exact=exact)
+        if one.greedy:
+            yield _greedy_check(runtime.name, one, runtime.greedy(one.prompt, len(one.greedy)), exact=exact)
+    if len(trained) > 1:
+        runtime.use(None)
+        again = f"{runtime.name}, adapters taken out again,"
+        yield _logits_check(again, trained[0], runtime.logits(tokens), tokens, exact=exact)
+
+
+def _genai_level(
+    target: OnnxTarget,
+    name: str,
+    trained: Sequence[_Trained],
+    tokens: NDArray[np.integer],
+    texts: Sequence[str],
+    expected: Sequence[list[int]],
+    *,
+    threads: int,
+    exact: bool,
+) -> Iterator[Check]:
+    vocab, expected_tokens = target.checkpoint.model.vocab_size, {t for one in trained for t in one.greedy}
+    try:
+        answer: GenaiAnswer = run_genai(
+            target.folder,
+            [(one.case.name, one.case.file) for one in trained],
+            library=name.endswith("+irq"),
+            tokens=tokens,
+            prompt=trained[0].prompt,
+            greedy=len(trained[0].greedy),
+            texts=texts,
+            never=next(token for token in range(vocab) if token not in expected_tokens),
+            threads=threads,
+        )
+    except UnsupportedModel as error:
+        yield Check("logits", name, False, str(error))
+        return
+    yield _tokens_check(name, texts, expected, answer.encoded)
+    for one, logits, found in zip(trained, answer.logits, answer.greedy, strict=True):
+        yield _logits_check(name, one, logits, tokens, exact=exact)
+        if one.greedy:
+            yield _greedy_check(name, one, found, exact=exact)
+
+
+def _logits_check(
+    name: str, one: _Trained, logits: NDArray[np.floating], tokens: NDArray[np.integer], *, exact: bool
+) -> Check:
+    bound = FLOAT32_NMSE if exact else LOSSY_NMSE
+    metrics = compare(one.logits, logits, tokens)
+    return Check(
+        "logits",
+        f"{name} against {one.name}",
+        metrics.nmse <= bound,
+        f"NMSE {metrics.nmse:.2e}, KL {metrics.kl_mean:.2e}, top-1 {metrics.top1:.1%}, "
+        f"perplexity {metrics.perplexity:.4f} ({metrics.perplexity_reference:.4f}), "
+        f"{metrics.positions} positions",
+        {**metrics.to_dict(), "nmse_bound": bound},
+        f"NMSE <= {bound:g}",
+    )
+
+
+def _greedy_check(name: str, one: _Trained, found: list[int], *, exact: bool) -> Check:
+    pairs = zip(one.greedy, found, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one.greedy), len(found)))
+    return Check(
+        "greedy",
+        f"{name} against {one.name}",
+        same == len(one.greedy) if exact else None,
+        f"{same} of {len(one.greedy)} tokens equal",
+        {"tokens": found, "expected": one.greedy},
+    )
+
+
+def _tokens_check(
+    name: str, texts: Sequence[str], expected: Sequence[list[int]], got: Sequence[list[int]]
+) -> Check:
+    wrong = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
+    detail = f"{len(texts) - len(wrong)} of {len(texts)} lines equal"
+    if wrong:
+        detail += f"; first difference in line {wrong[0] + 1}: {texts[wrong[0]]!r:.60}"
+    return Check("tokenizer", f"{name} against checkpoint", not wrong, detail, {"different_lines": wrong})
