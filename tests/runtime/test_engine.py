@@ -240,8 +240,9 @@ class TestIrq:
         engine = Engine(irq_file, mode="fast")
         cache = engine.new_cache()
         stepped = np.concatenate([engine.step([token], cache) for token in tokens])
-        assert NMSE_FLOAT32 < nmse(stepped, expected) < NMSE_FAST_TINY
-        assert nmse(engine.logits(tokens), expected) < NMSE_FAST_TINY
+        bound = NMSE_FAST_TINY["bytes" if _native.isa() in ("avx512", "scalar8") else "words"]
+        assert NMSE_FLOAT32 < nmse(stepped, expected) < bound
+        assert nmse(engine.logits(tokens), expected) < bound
 
     def test_half_cache_is_near(self, irq_file: Path) -> None:
         tokens = list(range(40))

@@ -9,11 +9,12 @@ namespace irq {
 
 // avx2 means AVX2, FMA and F16C. avx512 means in addition F, BW, DQ, VL, VNNI and VBMI: Ice Lake,
 // Zen 4 and later; older AVX-512 machines run avx2. neon means AArch64 with the dot-product extension.
-enum class Isa : std::uint8_t { scalar, avx2, avx512, neon };
+// scalar8 is scalar too, with the 8-bit codes that avx512 has in fast mode: what tests hold avx512 to.
+enum class Isa : std::uint8_t { scalar, scalar8, avx2, avx512, neon };
 
 const char *isa_name(Isa isa);
 
-// Finds "scalar", "avx2", "avx512" or "neon". Returns false for any other name.
+// Finds "scalar", "scalar8", "avx2", "avx512" or "neon". Returns false for any other name.
 bool isa_from_name(const char *name, Isa *isa);
 
 // True if this build has kernels for `isa` and this machine can run them.

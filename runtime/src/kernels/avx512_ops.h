@@ -2,7 +2,8 @@
 //
 // Exact: 16 codes become 16 dwords, and vpermps looks them up in a table that is one register. It reads
 // the low 4 bits of an index, so codes need shifting down but no masking: tables of 4 and 8 levels are
-// repeated over the bits above. Fast: the same with 32 words, vpermw (low 5 bits) and vpdpwssd.
+// repeated over the bits above. Fast: 64 codes become 64 bytes in element order by one broadcast and one shift
+// per quadword, and vpermb (low 6 bits) looks them up; what becomes of them is avx512_bytes.h.
 #pragma once
 
 #include <immintrin.h>
@@ -14,7 +15,7 @@ namespace {
 
 struct Avx512 {
     using Vec = __m512;
-    static constexpr std::size_t width = 16, tile_rows = 4, tile_tokens = 6, code_tokens = 6;
+    static constexpr std::size_t width = 16, tile_rows = 4, tile_tokens = 6;
 
     static Vec zero() { return _mm512_setzero_ps(); }
     static Vec set1(float v) { return _mm512_set1_ps(v); }
@@ -35,9 +36,6 @@ struct Avx512 {
         }
         const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
         _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-    }
-    static void store_int16(std::int16_t *p, Vec v) {  // to the nearest, ties to even
-        _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
     }
 
     // The first n (any number) of 16 floats, zeros behind them.
@@ -155,61 +153,62 @@ struct Avx512 {
 
     // --- fast ---
 
-    using Words = __m512i;     // 32 of 16 bits
-    using Products = __m512i;  // 16 of 32 bits
-
     struct Codes {
-        __m512i low, high;  // like Levels, words
+        __m512i low, high;  // like Levels, bytes
     };
 
+    // With `shift` added to every code.
     template <class L>
-    static Codes codes(const CodeTable &table) {
-        if constexpr (L::bits == 4) return {_mm512_broadcast_i64x4(load256(table.code)), _mm512_setzero_si512()};
-        return {_mm512_set1_epi64(load_as<std::int64_t>(table.code)),
-                _mm512_set1_epi64(load_as<std::int64_t>(table.code + 4))};
+    static Codes codes(const ByteTable &table, int shift = 0) {
+        const __m128i code = _mm_add_epi8(load128(table.code), _mm_set1_epi8(static_cast<char>(shift)));
+        if constexpr (L::bits == 4) return {_mm512_broadcast_i32x4(code), _mm512_setzero_si512()};
+        return {_mm512_broadcastd_epi32(code), _mm512_broadcastd_epi32(_mm_srli_si128(code, 4))};
     }
 
-    // Weight codes of 32 elements; bit 2 of element i, if there is one, is bit i of `high_bits`.
+    // 64 unsigned codes in order: of one block of 64 or two of 32.
     template <class L>
-    static Words look_up(__m512i index, const Codes &table, const std::uint8_t *high_bits) {
-        const Words code = _mm512_permutexvar_epi16(index, table.low);
-        if constexpr (L::bits != 3) return code;
-        else return _mm512_mask_permutexvar_epi16(code, load_as<std::uint32_t>(high_bits), index, table.high);
-    }
-
-    // The weight codes of one block, in order.
-    template <class L>
-    static void unpack(const std::uint8_t *p, const Codes &table, Words out[L::block / 32]) {
-        const __m512i by_16 = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(L::bits == 4 ? 4 : 2), 1);
+    static __m512i unpack(const std::uint8_t *p, const Codes &table) {
         if constexpr (L::bits == 8) {
-            out[0] = _mm512_cvtepi8_epi16(load256(p));
-        } else if constexpr (L::bits == 4 && L::block == 64) {
-            const __m512i codes = _mm512_cvtepu8_epi16(load256(p));
-            out[0] = look_up<L>(codes, table, nullptr);
-            out[1] = look_up<L>(_mm512_srli_epi16(codes, 4), table, nullptr);
+            const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(load256(p)), load256(p + L::stride), 1);
+            return _mm512_xor_si512(both, _mm512_set1_epi8(-128));
         } else if constexpr (L::bits == 4) {
-            const __m512i twice = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(load128(p)));
-            out[0] = look_up<L>(_mm512_srlv_epi16(twice, by_16), table, nullptr);
-        } else if constexpr (L::block == 64) {
-            const __m512i twice = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(load128(p)));
-            const __m512i planes = _mm512_srlv_epi16(twice, by_16);
-            out[0] = look_up<L>(planes, table, p + 16);
-            out[1] = look_up<L>(_mm512_srli_epi16(planes, 4), table, p + 20);
+            __m512i bytes, shift;
+            if constexpr (L::block == 64) {
+                bytes = _mm512_broadcast_i64x4(load256(p));
+                shift = _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0);
+            } else {
+                bytes = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(load128(p)), 0xff00, load128(p + L::stride));
+                shift = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+            }
+            return _mm512_permutexvar_epi8(_mm512_srlv_epi64(bytes, shift), table.low);
         } else {
-            const __m512i four_times = _mm512_cvtepu8_epi16(_mm256_set1_epi64x(load_as<std::int64_t>(p)));
-            constexpr long long two = 0x0002000200020002, four = 2 * two, six = 3 * two;
-            const __m512i by_8 = _mm512_set_epi64(six, six, four, four, two, two, 0, 0);
-            out[0] = look_up<L>(_mm512_srlv_epi16(four_times, by_8), table, p + 8);
+            __m512i bytes, shift;
+            std::uint64_t high = 0;
+            if constexpr (L::block == 64) {
+                bytes = _mm512_broadcast_i32x4(load128(p));
+                shift = _mm512_set_epi64(6, 6, 4, 4, 2, 2, 0, 0);
+                if constexpr (L::bits == 3) high = load_as<std::uint64_t>(p + 16);
+            } else {
+                const __m512i first_block = _mm512_set1_epi64(load_as<std::int64_t>(p));
+                bytes = _mm512_mask_set1_epi64(first_block, 0xf0, load_as<std::int64_t>(p + L::stride));
+                shift = _mm512_set_epi64(6, 4, 2, 0, 6, 4, 2, 0);
+                if constexpr (L::bits == 3) {
+                    high = load_as<std::uint32_t>(p + 8);
+                    high |= std::uint64_t{load_as<std::uint32_t>(p + L::stride + 8)} << 32;
+                }
+            }
+            const __m512i index = _mm512_srlv_epi64(bytes, shift);
+            const __m512i code = _mm512_permutexvar_epi8(index, table.low);
+            if constexpr (L::bits == 2) return code;
+            else return _mm512_mask_permutexvar_epi8(code, high, index, table.high);
         }
     }
 
-    static Words load_words(const std::int16_t *p) { return _mm512_loadu_si512(p); }
-    static void store_words(std::int16_t *p, Words v) { _mm512_storeu_si512(p, v); }
-    static Words two_words(const std::int16_t *p) { return _mm512_set1_epi32(load_as<std::int32_t>(p)); }
-    static Products no_products() { return _mm512_setzero_si512(); }
-    // sum[i] + a[2 i] * b[2 i] + a[2 i + 1] * b[2 i + 1]
-    static Products add_products(Products sum, Words a, Words b) { return _mm512_dpwssd_epi32(sum, a, b); }
-    static Vec to_float(Products sum) { return _mm512_cvtepi32_ps(sum); }
+    // p[0] in the lower half of the lanes, p[1] in the upper.
+    static Vec halves(const float *p) {
+        const Vec pair = _mm512_castpd_ps(_mm512_set1_pd(load_as<double>(p)));
+        return _mm512_permutevar_ps(pair, _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0));
+    }
 
     // Rows of 16 dwords become columns.
     static void transpose(__m512i v[16]) {

@@ -88,7 +88,9 @@ const float *block_sums(const TokenInput &in) {
 }
 
 // What turns inputs into codes; 0, as for no input at all, where the quotient would overflow.
-inline float code_rate(float largest) { return largest > 0x1p-110f ? largest_input_code / largest : 0.0f; }
+inline float code_rate(float largest, int largest_code) {
+    return largest > 0x1p-110f ? static_cast<float>(largest_code) / largest : 0.0f;
+}
 
 inline const std::uint8_t *row_data(const Matrix &w, std::size_t row) {
     return static_cast<const std::uint8_t *>(w.data) + row * w.row_bytes();
@@ -106,11 +108,23 @@ inline float float_at(Format format, const std::uint8_t *row, std::size_t i) {
     }
 }
 
-// Codes of a span whose sum is not finite: every fast product with it is NaN. A fuzzer found the conversion of
-// NaN to an integer that this avoids (a file may hold NaN weights).
+// Codes of a span, or group, whose sum is not finite: every fast product with it is NaN. A fuzzer found the
+// conversion of NaN to an integer that this avoids (a file may hold NaN weights).
 inline void mark_not_finite(const TokenInput &out, std::size_t span) {
     std::memset(out.codes + span * span_size, 0, span_size * sizeof *out.codes);
     out.scale[span] = std::numeric_limits<float>::quiet_NaN();
+}
+
+// Where the codes of a group stand, as bytes: 64 high ones of a span, then its 64 low ones.
+inline std::int8_t *high_codes(const TokenInput &in, std::size_t group) {
+    return in.bytes + group / 2 * (2 * span_size) + group % 2 * group_size;
+}
+
+inline void mark_group_not_finite(const TokenInput &out, std::size_t group) {
+    std::memset(high_codes(out, group), 0, group_size);
+    std::memset(high_codes(out, group) + span_size, 0, group_size);
+    out.scale[group] = std::numeric_limits<float>::quiet_NaN();
+    out.start[group] = 0;
 }
 
 inline void store_to(float *y, float value, Store store) { *y = store == Store::add ? *y + value : value; }

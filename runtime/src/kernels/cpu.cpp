@@ -12,7 +12,8 @@
 namespace irq {
 namespace {
 
-constexpr const char *names[] = {"scalar", "avx2", "avx512", "neon"};
+constexpr const char *names[] = {"scalar", "scalar8", "avx2", "avx512", "neon"};
+constexpr int isa_count = 5;
 
 #if defined(__x86_64__)
 
@@ -51,7 +52,7 @@ Isa best_isa() {
     return avx512 ? Isa::avx512 : Isa::avx2;
 }
 
-bool runs(Isa isa) { return isa <= best_isa(); }  // each x86 set contains the ones before it
+bool runs(Isa isa) { return isa == Isa::scalar8 || isa <= best_isa(); }  // each x86 set contains the ones before it
 
 #elif defined(__aarch64__)
 
@@ -64,12 +65,12 @@ Isa best_isa() {
 #endif
 }
 
-bool runs(Isa isa) { return isa == Isa::scalar || isa == best_isa(); }
+bool runs(Isa isa) { return isa <= Isa::scalar8 || isa == best_isa(); }
 
 #else
 
 Isa best_isa() { return Isa::scalar; }
-bool runs(Isa isa) { return isa == Isa::scalar; }
+bool runs(Isa isa) { return isa <= Isa::scalar8; }
 
 #endif
 
@@ -96,7 +97,7 @@ Choice &choice() {
 const char *isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 
 bool isa_from_name(const char *name, Isa *isa) {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < isa_count; ++i) {
         if (std::strcmp(name, names[i]) == 0) {
             *isa = static_cast<Isa>(i);
             return true;

@@ -16,15 +16,18 @@ struct KernelTable {
                  Store store);
 };
 
-extern const KernelTable scalar_kernels;
+extern const KernelTable scalar_kernels;   // words
+extern const KernelTable scalar8_kernels;  // bytes
 #if defined(__x86_64__)
-extern const KernelTable avx2_kernels;
-extern const KernelTable avx512_kernels;
+extern const KernelTable avx2_kernels;    // words
+extern const KernelTable avx512_kernels;  // bytes
 #elif defined(__aarch64__)
-extern const KernelTable neon_kernels;
+extern const KernelTable neon_kernels;  // words
 #endif
 
-// Fast mode replaces level[q] by step * code[q]: exact for the integer codebooks, 15 bits for the others.
+// Fast mode comes in two forms; prepare, gemv and gemm of a set agree on one.
+//
+// Words: 16 bits by 16. level[q] is step * code[q], exact for the integer codebooks, 15 bits for the others.
 // The sum of 64 products of a weight's and an input's code fits 32 bits: 64 * 16383 * 2047 < 2^31.
 struct CodeTable {
     std::int16_t code[16];
@@ -33,9 +36,25 @@ struct CodeTable {
 
 constexpr int largest_weight_code = 16383, largest_input_code = 2047;
 
+// Bytes: unsigned 8 bits by signed 8 bits. level[q] is offset + step * code[q], exact for the integer
+// codebooks; the others are the least-squares fit under a Gaussian's code frequencies (NMSE of the weights
+// 1.1e-5). An input is scale * (high + low / 256): gemv multiplies both terms, gemm the first alone.
+struct ByteTable {
+    std::uint8_t code[16];
+    std::uint8_t bias;  // about the code of level 0; code - bias + 128 still fits 8 bits
+    float step, offset;
+};
+
+constexpr int largest_high_code = 127, byte_bias = 128;
+constexpr float low_terms = 256;
+
+// Up to here gemm multiplies token by token, as gemv would: decoding costs more than it saves.
+constexpr std::size_t few_tokens = 4;
+
 // What the codes of a block format stand for. Levels of 8-bit formats are their signed codes: null.
 const float *levels_of(const Matrix &w);
 const CodeTable &code_table_of(const Matrix &w);
+const ByteTable &byte_table_of(const Matrix &w);
 
 // irq_dynamic_map by bytes: (4, 256), byte b of the little-endian float of every index.
 const std::uint8_t *dynamic_map_planes();

@@ -19,8 +19,20 @@ CodeTable code_table(const float *levels, int count, bool is_integer) {
     return table;
 }
 
+constexpr ByteTable byte_tables[] = {
+    {{0, 38, 59, 75, 89, 101, 113, 124, 134, 144, 155, 166, 179, 194, 214, 248}, 124, 0.008057192f, -1.0003823f},
+    {{0, 62, 93, 119, 138, 159, 186, 238}, 119, 0.008403457f, -0.9992846f},
+    {{0, 74, 124, 198}, 99, 0.010101577f, -1.0000561f},
+    {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 8, 1.0f, -8.0f},
+    {{0, 1, 2, 3, 4, 5, 6, 7}, 4, 1.0f, -4.0f},
+    {{0, 1, 2, 3}, 2, 1.0f, -2.0f},
+    {{}, 128, 1.0f, -128.0f},
+    {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, 0, 1.0f, 0.0f},  // q4_1
+};
+
 const KernelTable &kernels() {
     switch (active_isa()) {
+        case Isa::scalar8: return scalar8_kernels;
 #if defined(__x86_64__)
         case Isa::avx2: return avx2_kernels;
         case Isa::avx512: return avx512_kernels;
@@ -72,6 +84,10 @@ const CodeTable &code_table_of(const Matrix &w) {
         code_table(nullptr, 0, true),          code_table(q4_1_levels, 16, true),
     };
     return tables[w.format == Format::q4_1 ? IRQ_CODEBOOK_COUNT : codebook_of(w)];
+}
+
+const ByteTable &byte_table_of(const Matrix &w) {
+    return byte_tables[w.format == Format::q4_1 ? IRQ_CODEBOOK_COUNT : codebook_of(w)];
 }
 
 int code_bits(const Matrix &w) { return w.format == Format::q4_1 ? 4 : irq_codebook_bits[codebook_of(w)]; }
@@ -146,26 +162,35 @@ Matrix stock_matrix(Format format, std::size_t rows, std::size_t columns, const 
 
 Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode mode)
     : max_tokens_(max_tokens), max_stride_(padded(max_columns, span_size)), mode_(mode) {
-    // x, then for every 32 columns a sum, for every 64 a sum and in fast mode a scale; codes.
+    // x, then for every 32 columns a sum, for every 64 a sum; in fast mode scales and starts; codes.
     const std::size_t values = max_tokens * max_stride_;
     const std::size_t groups = padded(values / group_size, 16), spans = padded(values / span_size, 16);
     const bool fast = mode == Mode::fast;
-    const std::size_t bytes = 4 * (values + groups + (fast ? 2 : 1) * spans) + (fast ? 2 * values : 0);
+    const std::size_t bytes = 4 * (values + (fast ? 3 : 1) * groups + spans) + (fast ? 2 * values : 0);
     memory_ = ::operator new(padded(bytes + alignment, alignment), std::align_val_t{alignment});
     first_.x = static_cast<float *>(memory_);
     first_.sum = first_.x + values;
     first_.span_sum = first_.sum + groups;
     if (fast) {
         first_.scale = first_.span_sum + spans;
-        first_.codes = reinterpret_cast<std::int16_t *>(first_.scale + spans);
+        first_.start = reinterpret_cast<std::int32_t *>(first_.scale + groups);
+        first_.codes = reinterpret_cast<std::int16_t *>(first_.start + groups);
+        first_.bytes = reinterpret_cast<std::int8_t *>(first_.codes);
     }
 }
 
 TokenInput Activations::token(std::size_t t) const {
     const std::size_t value = t * stride_, group = value / group_size, span = value / span_size;
-    const TokenInput &first = first_;
-    if (mode_ == Mode::exact) return {first.x + value, first.sum + group, first.span_sum + span, nullptr, nullptr};
-    return {first.x + value, first.sum + group, first.span_sum + span, first.scale + span, first.codes + value};
+    TokenInput in = first_;
+    in.x += value;
+    in.sum += group;
+    in.span_sum += span;
+    if (mode_ == Mode::exact) return in;
+    in.scale += group;
+    in.start += group;
+    in.codes += value;
+    in.bytes += 2 * value;
+    return in;
 }
 
 Activations::~Activations() { ::operator delete(memory_, std::align_val_t{alignment}); }

@@ -6,27 +6,58 @@
 namespace irq {
 namespace {
 
-void prepare_token(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
+void copy_and_sum(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
     for (std::size_t i = 0; i < stride; ++i) out.x[i] = i < columns ? x[i] : 0.0f;
     for (std::size_t g = 0; g < stride / group_size; ++g) {
         out.sum[g] = 0.0f;
         for (std::size_t i = 0; i < group_size; ++i) out.sum[g] += out.x[g * group_size + i];
     }
+    for (std::size_t s = 0; s < stride / span_size; ++s) out.span_sum[s] = out.sum[2 * s] + out.sum[2 * s + 1];
+}
+
+float largest_of(const float *x, std::size_t n) {
+    float largest = 0.0f;
+    for (std::size_t i = 0; i < n; ++i) largest = std::fmax(largest, std::fabs(x[i]));
+    return largest;
+}
+
+void prepare_words(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
+    copy_and_sum(x, columns, stride, out);
+    if (out.codes == nullptr) return;
     for (std::size_t s = 0; s < stride / span_size; ++s) {
-        out.span_sum[s] = out.sum[2 * s] + out.sum[2 * s + 1];
-        if (out.codes == nullptr) continue;
         if (!std::isfinite(out.span_sum[s])) {
             mark_not_finite(out, s);
             continue;
         }
         const float *span = out.x + s * span_size;
-        float largest = 0.0f;
-        for (std::size_t i = 0; i < span_size; ++i) largest = std::fmax(largest, std::fabs(span[i]));
-        const float inverse = code_rate(largest);
+        const float largest = largest_of(span, span_size), rate = code_rate(largest, largest_input_code);
         for (std::size_t i = 0; i < span_size; ++i) {
-            out.codes[s * span_size + i] = static_cast<std::int16_t>(std::nearbyint(span[i] * inverse));
+            out.codes[s * span_size + i] = static_cast<std::int16_t>(std::nearbyint(span[i] * rate));
         }
         out.scale[s] = largest / largest_input_code;
+    }
+}
+
+void prepare_bytes(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
+    copy_and_sum(x, columns, stride, out);
+    if (out.codes == nullptr) return;
+    for (std::size_t g = 0; g < stride / group_size; ++g) {
+        if (!std::isfinite(out.sum[g])) {
+            mark_group_not_finite(out, g);
+            continue;
+        }
+        const float *group = out.x + g * group_size;
+        const float largest = largest_of(group, group_size), rate = code_rate(largest, largest_high_code);
+        std::int8_t *high = high_codes(out, g), *low = high + span_size;
+        int total = 0;
+        for (std::size_t i = 0; i < group_size; ++i) {
+            const float value = group[i] * rate, rounded = std::nearbyint(value);
+            high[i] = static_cast<std::int8_t>(rounded);
+            low[i] = static_cast<std::int8_t>(std::fmin(127.0f, std::nearbyint((value - rounded) * low_terms)));
+            total += high[i];
+        }
+        out.scale[g] = largest / largest_high_code;
+        out.start[g] = -byte_bias * total;
     }
 }
 
@@ -78,7 +109,7 @@ float dot_exact(const Matrix &w, std::size_t row, const TokenInput &in) {
 }
 
 template <class L>
-float dot_fast(const Matrix &w, std::size_t row, const TokenInput &in) {
+float dot_words(const Matrix &w, std::size_t row, const TokenInput &in) {
     const CodeTable &table = code_table_of(w);
     float total = 0.0f;
     for (std::size_t b = 0; b < w.blocks_per_row(); ++b) {
@@ -96,14 +127,46 @@ float dot_fast(const Matrix &w, std::size_t row, const TokenInput &in) {
     return total;
 }
 
+// What the kernels of bytes compute. gemm: without the low codes, and what the codes of level 0 add is taken
+// off in integers.
+template <class L, bool gemm>
+float dot_bytes(const Matrix &w, std::size_t row, const TokenInput &in) {
+    const ByteTable &table = byte_table_of(w);
+    float total = 0.0f;
+    for (std::size_t b = 0; b < w.blocks_per_row(); ++b) {
+        const std::uint8_t *block = row_data(w, row) + b * L::stride;
+        const std::size_t k = row * w.blocks_per_row() + b;
+        float part = 0.0f;
+        for (std::size_t g = b * L::block / group_size; g < (b + 1) * L::block / group_size; ++g) {
+            const std::int8_t *high = high_codes(in, g), *low = high + span_size;
+            int high_sum = 0, low_sum = 0;
+            for (std::size_t i = 0; i < group_size; ++i) {
+                const unsigned code = code_at<L>(block, g * group_size + i - b * L::block);
+                const int weight = (L::bits == 8 ? static_cast<int>(code ^ 128u) : table.code[code & 15u]) -
+                                   (gemm ? table.bias : 0);
+                high_sum += weight * high[i];
+                low_sum += weight * low[i];
+            }
+            const float sum = gemm ? static_cast<float>(high_sum)
+                                   : static_cast<float>(256 * high_sum + low_sum) / low_terms;
+            part += in.scale[g] * sum;
+        }
+        const float scale = block_scale(w, block, k);
+        const float offset = table.offset + (gemm ? table.step * table.bias : 0.0f);
+        total += scale * table.step * part + (block_tau(w, block, k) + scale * offset) * block_sums<L>(in)[b];
+    }
+    return total;
+}
+
 float dot_float(const Matrix &w, std::size_t row, const float *x) {
     float total = 0.0f;
     for (std::size_t i = 0; i < w.columns; ++i) total += float_at(w.format, row_data(w, row), i) * x[i];
     return total;
 }
 
-void gemv_rows(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
-               Store store) {
+template <class Product>
+void rows_times(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
+                Store store, Product &&fast_product) {
     const TokenInput in = x.token(token);
     for (std::size_t row = r0; row < r1; ++row) {
         if (is_float(w.format)) {
@@ -111,20 +174,41 @@ void gemv_rows(const Matrix &w, const Activations &x, std::size_t token, std::si
             continue;
         }
         with_layout(w, [&](auto layout) {
-            using L = decltype(layout);
-            const float value = x.mode() == Mode::exact ? dot_exact<L>(w, row, in) : dot_fast<L>(w, row, in);
-            store_to(y + row, value, store);
+            const bool exact = x.mode() == Mode::exact;
+            store_to(y + row, exact ? dot_exact<decltype(layout)>(w, row, in) : fast_product(layout, row, in), store);
         });
     }
 }
 
-void gemm_rows(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y,
-               std::size_t ldy, Store store) {
-    for (std::size_t t = 0; t < x.tokens(); ++t) gemv_rows(w, x, t, r0, r1, y + t * ldy, store);
+void gemv_words(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
+                Store store) {
+    rows_times(w, x, token, r0, r1, y, store, [&](auto layout, std::size_t row, const TokenInput &in) {
+        return dot_words<decltype(layout)>(w, row, in);
+    });
+}
+
+template <bool gemm>
+void bytes_times(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
+                 Store store) {
+    rows_times(w, x, token, r0, r1, y, store, [&](auto layout, std::size_t row, const TokenInput &in) {
+        return dot_bytes<decltype(layout), gemm>(w, row, in);
+    });
+}
+
+void gemm_words(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
+                Store store) {
+    for (std::size_t t = 0; t < x.tokens(); ++t) gemv_words(w, x, t, r0, r1, y + t * ldy, store);
+}
+
+void gemm_bytes(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
+                Store store) {
+    const auto times = x.tokens() > few_tokens ? bytes_times<true> : bytes_times<false>;
+    for (std::size_t t = 0; t < x.tokens(); ++t) times(w, x, t, r0, r1, y + t * ldy, store);
 }
 
 }  // namespace
 
-const KernelTable scalar_kernels = {prepare_token, decode_rows, gemv_rows, gemm_rows};
+const KernelTable scalar_kernels = {prepare_words, decode_rows, gemv_words, gemm_words};
+const KernelTable scalar8_kernels = {prepare_bytes, decode_rows, bytes_times<false>, gemm_bytes};
 
 }  // namespace irq

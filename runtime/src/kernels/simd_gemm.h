@@ -9,7 +9,6 @@ namespace irq {
 namespace {
 
 constexpr std::size_t panel_rows = 16, panel_columns = 1024;
-constexpr std::size_t few_tokens = 4;  // up to here decoding costs more than it saves: one gemv a token
 
 // y[t][r] for R rows and T tokens over n columns (a multiple of 64).
 template <class S, std::size_t R, std::size_t T>
@@ -67,14 +66,14 @@ void decode_panel(const Matrix &w, std::size_t row, std::size_t rows, std::size_
     }
 }
 
-template <class S>
+template <class S, template <class, class> class FastDot = WordDot>
 void gemm_rows(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
                Store store) {
     constexpr std::size_t R = S::tile_rows;
     if (x.tokens() <= few_tokens || w.columns == 0) {
         for (std::size_t r = r0; r < r1; r += panel_rows) {  // a few rows stay in L1 from token to token
             const std::size_t end = smaller(r + panel_rows, r1);
-            for (std::size_t t = 0; t < x.tokens(); ++t) gemv_rows<S>(w, x, t, r, end, y + t * ldy, store);
+            for (std::size_t t = 0; t < x.tokens(); ++t) gemv_rows<S, FastDot>(w, x, t, r, end, y + t * ldy, store);
         }
         return;
     }

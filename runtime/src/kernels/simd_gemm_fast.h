@@ -62,7 +62,7 @@ void code_tile(const CodePanel<S> &panel, std::size_t rows, const Activations &x
     using Vec = typename S::Vec;
     constexpr std::size_t W = S::width, pairs = L::block / 2;
     const TokenInput first = x.token(token);
-    const std::size_t stride = x.stride(), spans = stride / span_size, sums_stride = stride / L::block;
+    const std::size_t stride = x.stride(), scales = stride / group_size, sums_stride = stride / L::block;
     const std::int16_t *in = first.codes + column;
     const float *in_scale = first.scale + column / span_size, *sums = block_sums<L>(first) + column / L::block;
     Vec total[R][T];
@@ -87,7 +87,7 @@ void code_tile(const CodePanel<S> &panel, std::size_t rows, const Activations &x
         for (std::size_t r = 0; r < R; ++r) {
             const Vec scale = S::load(&panel.scale[b][W * r]);
             for (std::size_t t = 0; t < T; ++t) {
-                const Vec both = S::mul(scale, S::set1(in_scale[t * spans + b * L::block / span_size]));
+                const Vec both = S::mul(scale, S::set1(in_scale[t * scales + b * L::block / span_size]));
                 total[r][t] = S::fma(S::to_float(products[r][t]), both, total[r][t]);
                 if constexpr (L::adds_tau) {
                     const Vec tau = S::load(&panel.tau[b][W * r]);

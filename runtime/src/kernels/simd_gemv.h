@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::size_t max_blocks = 512;  // whose scales are expanded at a time
 constexpr std::size_t slack = 64;        // floats that vector stores may write behind them
-constexpr std::size_t together = 4;          // rows of a gemv that go along the columns together
+constexpr std::size_t together = 4;      // rows of a gemv that go along the columns together
 
 constexpr std::size_t larger(std::size_t a, std::size_t b) { return a > b ? a : b; }
 constexpr std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
@@ -43,7 +43,7 @@ void prepare_token(const float *x, std::size_t columns, std::size_t stride, cons
             continue;
         }
         const float top = S::max_of(largest);
-        const Vec rate = S::set1(code_rate(top));
+        const Vec rate = S::set1(code_rate(top, largest_input_code));
         for (std::size_t i = 0; i < span_size; i += W) {
             S::store_int16(out.codes + s * span_size + i, S::mul(S::load(span + i), rate));
         }
@@ -184,8 +184,9 @@ void add_offsets(const Tile &rows, const float *sum, typename S::Vec total[toget
     }
 }
 
-// Calls visit(b) for every block, with the cache lines of later ones asked for now and then.
-template <class L, class Visit>
+// Calls visit(b) for every `per` blocks from b on, with the cache lines of later ones asked for now and then.
+// Left to the caller: the last blocks, fewer than `per`.
+template <class L, std::size_t per = 1, class Visit>
 void for_each_block(const Tile &rows, Visit &&visit) {
     constexpr std::size_t some = 8;
     std::size_t b = 0;
@@ -193,54 +194,78 @@ void for_each_block(const Tile &rows, Visit &&visit) {
         for (std::size_t r = 0; r < together; ++r) {
             prefetch(rows.codes[r] + b * L::stride, rows.ahead, some * L::stride);
         }
-        for (std::size_t i = 0; i < some; ++i) visit(b + i);
+        for (std::size_t i = 0; i < some; i += per) visit(b + i);
     }
     if (b == rows.blocks) return;
     for (std::size_t r = 0; r < together; ++r) {
         prefetch(rows.codes[r] + b * L::stride, rows.ahead, (rows.blocks - b) * L::stride);
     }
-    for (; b < rows.blocks; ++b) visit(b);
+    for (; b + per <= rows.blocks; b += per) visit(b);
 }
 
-// total[r] += sum_b scale[r][b] * (levels . x)
+// What a tile's rows are multiplied by x with: adds to total[r] what the tile's blocks are worth, whose first
+// column is `column`. In float32:
 template <class S, class L>
-void dot_exact(const Tile &rows, const float *x, const typename S::Levels &levels, typename S::Vec total[together]) {
+class ExactDot {
+  public:
     using Vec = typename S::Vec;
-    constexpr std::size_t N = L::block / S::width;
-    for_each_block<L>(rows, [&](std::size_t b) {
-        const float *in = x + b * L::block;
-        for (std::size_t r = 0; r < together; ++r) {
-            Vec level[N];
-            S::template decode<L>(rows.codes[r] + b * L::stride, levels, level);
-            Vec part = S::mul(level[0], S::load(in));
-            for (std::size_t i = 1; i < N; ++i) part = S::fma(level[i], S::load(in + i * S::width), part);
-            total[r] = S::fma(part, S::set1(rows.scale[r][b]), total[r]);
-        }
-    });
-}
 
-// total[r] += sum_b scale[r][b] * (step * x_scale) * (codes . x)
+    explicit ExactDot(const Matrix &w) : levels_(S::template levels<L>(levels_of(w))) {}
+
+    void operator()(const Tile &rows, const TokenInput &x, std::size_t column, Vec total[together]) const {
+        constexpr std::size_t N = L::block / S::width;
+        if constexpr (L::adds_tau) add_offsets<S>(rows, block_sums<L>(x) + column / L::block, total);
+        for_each_block<L>(rows, [&](std::size_t b) {
+            const float *in = x.x + column + b * L::block;
+            for (std::size_t r = 0; r < together; ++r) {
+                Vec level[N];
+                S::template decode<L>(rows.codes[r] + b * L::stride, levels_, level);
+                Vec part = S::mul(level[0], S::load(in));
+                for (std::size_t i = 1; i < N; ++i) part = S::fma(level[i], S::load(in + i * S::width), part);
+                total[r] = S::fma(part, S::set1(rows.scale[r][b]), total[r]);
+            }
+        });
+    }
+
+  private:
+    typename S::Levels levels_;
+};
+
+// With 16-bit codes of both.
 template <class S, class L>
-void dot_fast(const Tile &rows, const std::int16_t *x, const float *x_scale, float step,
-              const typename S::Codes &table, typename S::Vec total[together]) {
-    using Words = typename S::Words;
-    constexpr std::size_t N = L::block / (2 * S::width);
-    for_each_block<L>(rows, [&](std::size_t b) {
-        const auto in_scale = S::set1(step * x_scale[b * L::block / span_size]);
-        Words in[N];
-        for (std::size_t i = 0; i < N; ++i) in[i] = S::load_words(x + b * L::block + 2 * i * S::width);
-        for (std::size_t r = 0; r < together; ++r) {
-            Words weight[N];
-            S::template unpack<L>(rows.codes[r] + b * L::stride, table, weight);
-            auto products = S::no_products();
-            for (std::size_t i = 0; i < N; ++i) products = S::add_products(products, weight[i], in[i]);
-            const auto part = S::mul(S::to_float(products), in_scale);
-            total[r] = S::fma(part, S::set1(rows.scale[r][b]), total[r]);
-        }
-    });
-}
+class WordDot {
+  public:
+    using Vec = typename S::Vec;
 
-template <class S, class L, Mode mode>
+    explicit WordDot(const Matrix &w)
+        : table_(S::template codes<L>(code_table_of(w))), step_(code_table_of(w).step) {}
+
+    void operator()(const Tile &rows, const TokenInput &x, std::size_t column, Vec total[together]) const {
+        using Words = typename S::Words;
+        constexpr std::size_t N = L::block / (2 * S::width);
+        if constexpr (L::adds_tau) add_offsets<S>(rows, block_sums<L>(x) + column / L::block, total);
+        for_each_block<L>(rows, [&](std::size_t b) {
+            const std::size_t at = column + b * L::block;
+            const auto in_scale = S::set1(step_ * x.scale[at / span_size]);
+            Words in[N];
+            for (std::size_t i = 0; i < N; ++i) in[i] = S::load_words(x.codes + at + 2 * i * S::width);
+            for (std::size_t r = 0; r < together; ++r) {
+                Words weight[N];
+                S::template unpack<L>(rows.codes[r] + b * L::stride, table_, weight);
+                auto products = S::no_products();
+                for (std::size_t i = 0; i < N; ++i) products = S::add_products(products, weight[i], in[i]);
+                const auto part = S::mul(S::to_float(products), in_scale);
+                total[r] = S::fma(part, S::set1(rows.scale[r][b]), total[r]);
+            }
+        });
+    }
+
+  private:
+    typename S::Codes table_;
+    float step_;
+};
+
+template <class S, class L, class Dot>
 void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size_t r1, float *y, Store store) {
     alignas(64) float scale[max_blocks + slack], tau[max_blocks + slack];
     const std::size_t nb = w.blocks_per_row(), row_bytes = w.row_bytes();
@@ -249,9 +274,7 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
     const bool contiguous = narrow && nb != 0 && L::lead == 0;
     const std::size_t rows_at_once = contiguous ? max_blocks / nb / together * together : together;
     const std::size_t blocks_at_once = narrow ? nb : max_blocks / together;
-    const auto levels = S::template levels<L>(levels_of(w));
-    const auto table = S::template codes<L>(code_table_of(w));
-    const float step = code_table_of(w).step;
+    const Dot dot(w);
     const std::uint8_t *data = row_data(w, 0) + L::lead;
     const std::size_t next_tile = larger(together * row_bytes, narrow ? codes_ahead : 0);
     for (std::size_t row = r0; row < r1; row += rows_at_once) {
@@ -273,13 +296,7 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
                     now.tau[i] = tau + values;
                     if (!narrow) expand<S, L>(w, (row + at) * nb + b, now.blocks, scale + values, tau + values);
                 }
-                if constexpr (L::adds_tau) add_offsets<S>(now, block_sums<L>(x) + b, total);
-                if constexpr (mode == Mode::exact) {
-                    dot_exact<S, L>(now, x.x + b * L::block, levels, total);
-                } else {
-                    const std::size_t column = b * L::block;  // a multiple of 64
-                    dot_fast<S, L>(now, x.codes + column, x.scale + column / span_size, step, table, total);
-                }
+                dot(now, x, b * L::block, total);  // a multiple of 64 columns
             }
             float sums[together];
             S::sums(total, sums);
@@ -312,7 +329,8 @@ void gemv_floats(const Matrix &w, const float *x, std::size_t r0, std::size_t r1
     }
 }
 
-template <class S>
+// FastDot: of fast mode.
+template <class S, template <class, class> class FastDot = WordDot>
 void gemv_rows(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
                Store store) {
     const TokenInput in = x.token(token);
@@ -324,8 +342,8 @@ void gemv_rows(const Matrix &w, const Activations &x, std::size_t token, std::si
     }
     with_layout(w, [&](auto layout) {
         using L = decltype(layout);
-        if (x.mode() == Mode::exact) gemv_blocks<S, L, Mode::exact>(w, in, r0, r1, y, store);
-        else gemv_blocks<S, L, Mode::fast>(w, in, r0, r1, y, store);
+        if (x.mode() == Mode::exact) gemv_blocks<S, L, ExactDot<S, L>>(w, in, r0, r1, y, store);
+        else gemv_blocks<S, L, FastDot<S, L>>(w, in, r0, r1, y, store);
     });
 }
 
