@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import malformed_gguf, malformed_model, malformed_safetensors
+from scripts import malformed_gguf, malformed_model, malformed_onnx, malformed_safetensors
 from scripts.block_vectors import write_blocks
 from scripts.malformed import Case, write_family, write_index
 from scripts.model_vectors import write_models
@@ -21,6 +21,7 @@ VECTORS = Path(__file__).resolve().parent.parent / "formats" / "vectors"
 MALFORMED: dict[str, list[Callable[[], list[Case]]]] = {
     "gguf": [malformed_gguf.cases, malformed_model.cases],
     "safetensors": [malformed_safetensors.cases],
+    "onnx": [malformed_onnx.cases],
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from irq_formats.gguf import open_gguf
 from irq_formats.gguf.irq_check import check_irq
 from irq_formats.gguf.model_keys import read_model
+from irq_formats.onnx.model_file import open_model
 from irq_formats.safetensors_io import open_safetensors, open_sharded
 
 CORPUS = Path(__file__).resolve().parents[1] / "formats" / "vectors" / "malformed"
@@ -35,6 +36,8 @@ def load_cases(kind: str | None = None, level: str | None = None) -> list[Case]:
 def open_case(case: Case) -> object:
     """Open the file as a user's command would; must raise an IrqError."""
     path = CORPUS / case.file
+    if case.kind == "onnx":
+        return open_model(path)
     if case.kind == "safetensors":
         return open_sharded(path.parent) if path.suffix == ".json" else open_safetensors(path)
     gguf = open_gguf(path)

@@ -80,6 +80,7 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
     encoded = None
     if job["texts"]:
         tokenizer = onnxruntime_genai.Tokenizer(model)
+        tokenizer.update_options(add_special_tokens="true")  # as transformers does unasked
         encoded = [tokenizer.encode(text).tolist() for text in job["texts"]]
     return {"greedy": greedy, "encoded": encoded}
 

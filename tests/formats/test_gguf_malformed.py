@@ -44,9 +44,10 @@ def test_case_is_refused(case: Case) -> None:
 def test_counts() -> None:
     """The corpus cannot shrink unnoticed."""
     counts = {
-        key: len(load_cases(*key)) for key in [("gguf", "container"), ("gguf", "model"), ("safetensors",)]
+        key: len(load_cases(*key))
+        for key in [("gguf", "container"), ("gguf", "model"), ("safetensors",), ("onnx",)]
     }
-    assert counts == {("gguf", "container"): 123, ("gguf", "model"): 14, ("safetensors",): 63}
+    assert counts == {("gguf", "container"): 123, ("gguf", "model"): 14, ("safetensors",): 63, ("onnx",): 60}
     assert len({(c.kind, c.name) for c in CASES}) == len(CASES)
 
 

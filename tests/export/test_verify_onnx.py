@@ -1,0 +1,280 @@
+"""verify on ONNX exports of the demo model: right passes, wrong fails, and nothing strange is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jsonschema
+import onnx
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("onnxruntime")
+
+from irq_export.cli import main
+from irq_export.export.onnx import to_onnx
+from irq_export.iec import random_adapter
+from irq_export.parity import onnx_verify
+from irq_export.parity.gates import LOAD_MEMORY_RATIO
+from irq_export.parity.onnx_runtimes import count_kernels
+from irq_export.parity.report import ParityReport
+from irq_export.parity.verify import verify
+from irq_export.quantize_model import quantize
+from irq_export.quantizer import load_model
+from irq_formats.checkpoint import open_checkpoint
+from irq_formats.errors import MalformedFile, UsageError, WrongBase
+from irq_formats.manifest import MANIFEST_NAME, write_manifest
+from irq_formats.onnx.model_file import DATA_NAME, MODEL_NAME, open_model
+from irq_formats.peft_adapter import write_peft_adapter
+from irq_runtime.onnx import library_path
+
+QUICK = {"positions": 24, "greedy": 6, "threads": 1}
+GENAI = ["genai", "genai+irq"]
+
+
+class Made(NamedTuple):
+    """A checkpoint, two adapters trained on it, and an export with both."""
+
+    checkpoint: Path
+    adapters: list[Path]
+    exported: Path
+
+
+@pytest.fixture(scope="module")
+def made(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    work = tmp_path_factory.mktemp("onnx")
+    checkpoint = work / "checkpoint"
+    quantize(repo / "irq_export" / "demo_model", checkpoint, codebook="nf4", refine="none", tie="first")
+    adapters = [work / "first", work / "second"]
+    for seed, directory in enumerate(adapters):
+        base_hash = open_checkpoint(checkpoint).base_hash
+        adapter = random_adapter(load_model(checkpoint), rank=4 + seed, seed=seed, base_hash=base_hash)
+        write_peft_adapter(directory, adapter, base_model_name=str(checkpoint))
+    to_onnx(checkpoint, work / "exported", adapters=adapters)
+    return Made(checkpoint, adapters, work / "exported")
+
+
+@pytest.fixture
+def copy(made: Made, tmp_path: Path) -> Path:
+    """A copy of the export, to be damaged; :func:`seal` makes its manifest fit again."""
+    shutil.copytree(made.exported, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def seal(folder: Path) -> None:
+    extra = json.loads((folder / MANIFEST_NAME).read_text())["extra"]
+    (folder / MANIFEST_NAME).unlink()
+    write_manifest(folder, extra)
+
+
+def failed(report: ParityReport) -> set[tuple[str, str]]:
+    return {(check.level, check.name) for check in report.checks if check.passed is False}
+
+
+def prove(made: Made, folder: Path | None = None, runtimes: list[str] | None = None) -> ParityReport:
+    return verify(
+        folder or made.exported,
+        against=made.checkpoint,
+        adapter=made.adapters,
+        runtimes=["onnxruntime+irq"] if runtimes is None else runtimes,
+        **QUICK,
+    )
+
+
+def test_an_export_is_proved_in_every_runtime(made: Made, repo: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    report = prove(made, runtimes=list(onnx_verify.ONNX_RUNTIMES))
+    assert report.passed, report.to_text()
+    logits = [check for check in report.checks if check.level == "logits" and "against" in check.name]
+    # base and two adapters in four runtimes; the two sessions run the base once more after the adapters
+    assert len(logits) == 4 * 3 + 2
+    greedy = [check for check in report.checks if check.level == "greedy"]
+    assert len(greedy) == 4 * 3
+    assert all(len(check.values["tokens"]) == QUICK["greedy"] for check in greedy)
+    schema = json.loads((repo / "formats" / "schema" / "parity-report.schema.json").read_text())
+    jsonschema.validate(json.loads(report.to_json()), schema)
+
+
+def test_who_ran_is_told_apart(made: Made) -> None:
+    model = open_model(made.exported)
+    assert count_kernels(model, library=False) == 0
+    assert count_kernels(model, library=True) == 7 * 4  # every linear layer of four
+
+
+def test_a_library_that_does_not_take_over_is_noticed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    from irq_export.parity import onnx_runtimes
+
+    monkeypatch.setattr(onnx_runtimes, "register", lambda options: None)
+    assert failed(prove(made)) == {("kernels", "onnxruntime+irq")}
+
+
+@pytest.mark.parametrize("tensor", ["codes", "scale", "tau"])
+def test_one_changed_byte_fails(made: Made, copy: Path, tensor: str) -> None:
+    stored = open_model(copy).tensors[f"model.layers.3.mlp.down_proj.{tensor}"]
+    with (copy / DATA_NAME).open("r+b") as file:
+        file.seek(stored.offset + 3)
+        byte = file.read(1)
+        file.seek(stored.offset + 3)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(MalformedFile):
+        prove(made, copy)  # the manifest says so already
+    seal(copy)
+    assert failed(prove(made, copy, [])) == {("tensors", "files against checkpoint")}
+
+
+def test_swapped_adapters_fail(made: Made, copy: Path) -> None:
+    first, second = (copy / f"{name}.onnx_adapter" for name in ("first", "second"))
+    first.rename(copy / "x")
+    second.rename(first)
+    (copy / "x").rename(second)
+    seal(copy)
+    levels = failed(prove(made, copy))
+    assert ("tensors", "files against checkpoint") in levels
+    assert sum(level == "logits" for level, _ in levels) == 2  # both adapters; the base is right
+
+
+def test_a_graph_that_computes_something_else_fails(made: Made, copy: Path) -> None:
+    """The tensors are right; only the logits can tell."""
+    proto = onnx.load(copy / MODEL_NAME, load_external_data=False)
+    attention = next(node for node in proto.graph.node if node.op_type == "GroupQueryAttention")
+    next(attribute for attribute in attention.attribute if attribute.name == "scale").f *= 1.01
+    (copy / MODEL_NAME).write_bytes(proto.SerializeToString())
+    seal(copy)
+    assert {level for level, _ in failed(prove(made, copy))} == {"logits"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"filename": "../model.onnx"},
+        {"session_options": {"custom_ops_library": "libirq_onnx.so"}},
+        {"session_options": {"log_id": "x", "provider_options": [{"evil": {}}]}},
+    ],
+)
+def test_genai_is_not_run_on_a_configuration_of_others(
+    made: Made, copy: Path, change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        pytest.fail("was run")
+
+    monkeypatch.setattr(onnx_verify, "run_genai", never)
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["decoder"] |= change
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    seal(copy)
+    assert failed(prove(made, copy, GENAI)) == {("container", "genai_config.json")}
+
+
+def test_settings_of_genais_search_are_free(made: Made, copy: Path) -> None:
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["search"] |= {"temperature": 0.6, "do_sample": True}
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    seal(copy)
+    assert prove(made, copy, []).passed
+
+
+def test_another_library_is_not_loaded(made: Made, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = library_path().name
+    (copy / name).write_bytes(library_path().read_bytes() + b"\0")
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = name
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    seal(copy)
+    monkeypatch.setattr(onnx_verify, "OnnxRuntime", None)
+    monkeypatch.setattr(onnx_verify, "run_genai", None)
+    assert failed(prove(made, copy, GENAI)) == {("container", name)}
+
+
+def test_nothing_runs_before_the_reader_has_accepted_the_model(
+    made: Made, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    proto = onnx.load(copy / MODEL_NAME, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../copy/model.onnx.data"
+    (copy / MODEL_NAME).write_bytes(proto.SerializeToString())
+    seal(copy)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+    with pytest.raises(MalformedFile, match="outside the model's folder"):
+        prove(made, copy)
+
+
+def test_a_folder_with_the_library_runs_it(made: Made, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    to_onnx(made.checkpoint, tmp_path / "o", library=True, adapters=made.adapters[:1])
+    assert (tmp_path / "o" / library_path().name).read_bytes() == library_path().read_bytes()
+    report = verify(
+        tmp_path / "o", against=made.checkpoint, adapter=made.adapters[0], runtimes=["genai"], **QUICK
+    )
+    assert report.passed, report.to_text()
+    with pytest.raises(UsageError, match="profile stock"):
+        to_onnx(made.checkpoint, tmp_path / "p", library=True, profile="stock")
+
+
+def test_a_baked_adapter_is_part_of_the_model(made: Made, tmp_path: Path) -> None:
+    to_onnx(made.checkpoint, tmp_path / "o", adapters=made.adapters[:1], bake_adapter=True)
+    options = {"against": made.checkpoint, "runtimes": ["onnxruntime"], **QUICK}
+    assert verify(tmp_path / "o", adapter=made.adapters[0], **options).passed
+    assert {"tensors", "logits"} <= {
+        level for level, _ in failed(verify(tmp_path / "o", adapter=made.adapters[1], **options))
+    }
+    with pytest.raises(UsageError, match="adapters"):
+        verify(tmp_path / "o", **options)
+
+
+@pytest.mark.parametrize("options", [{"profile": "stock"}, {"attention": "standard"}, {"dtype": "f16"}])
+def test_other_forms(made: Made, tmp_path: Path, options: dict[str, str]) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    to_onnx(made.checkpoint, tmp_path / "o", **options)
+    runtimes = ["genai"] if "attention" in options else ["onnxruntime", "onnxruntime+irq"]
+    report = verify(tmp_path / "o", against=made.checkpoint, runtimes=runtimes, **QUICK)
+    assert report.passed, report.to_text()
+
+
+def test_adapters_given_and_found_must_be_the_same(made: Made) -> None:
+    for adapters in ([], made.adapters[:1]):
+        with pytest.raises(UsageError, match="adapters given are not those"):
+            verify(made.exported, against=made.checkpoint, adapter=adapters, **QUICK)
+    with pytest.raises(UsageError, match="unknown runtime"):
+        prove(made, runtimes=["llama.cpp"])
+    with pytest.raises(UsageError, match="scale 1"):
+        verify(made.exported, against=made.checkpoint, adapter=made.adapters, adapter_scale=0.5)
+
+
+def test_another_checkpoint_fails(made: Made, repo: Path, tmp_path: Path) -> None:
+    quantize(repo / "irq_export" / "demo_model", tmp_path / "c", codebook="nf4", icq=False)
+    with pytest.raises(WrongBase):
+        verify(made.exported, against=tmp_path / "c", adapter=made.adapters, **QUICK)
+    to_onnx(made.checkpoint, tmp_path / "o")
+    report = verify(tmp_path / "o", against=tmp_path / "c", runtimes=["onnxruntime"], **QUICK)
+    assert {"tensors", "logits"} <= {level for level, _ in failed(report)}
+
+
+@pytest.mark.parametrize(("ratio", "passed"), [(LOAD_MEMORY_RATIO, True), (LOAD_MEMORY_RATIO + 0.01, False)])
+def test_memory_of_loading_is_a_gate(
+    made: Made, ratio: float, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = onnx_verify.open_onnx_target(made.exported, open_checkpoint(made.checkpoint), made.adapters)
+    size = target.nbytes
+    monkeypatch.setattr(onnx_verify, "measure_load", lambda model, library: int(ratio * size))
+    assert onnx_verify._memory_check(target, "onnxruntime").passed is None  # too small a model to decide
+    monkeypatch.setattr(onnx_verify, "SESSION_BYTES", size)
+    assert onnx_verify._memory_check(target, "onnxruntime").passed is passed
+
+
+def test_command_line(made: Made) -> None:
+    call = ["verify", str(made.exported), "--against", str(made.checkpoint), "--runtime", "onnxruntime,genai"]
+    adapters = [option for adapter in made.adapters for option in ("--adapter", str(adapter))]
+    quick = ["--positions", "8", "--greedy", "0", "--json"]
+    run = CliRunner().invoke(main, [*call, *adapters, *quick])
+    pytest.importorskip("onnxruntime_genai")
+    assert run.exit_code == 0, run.output
+    report = json.loads(run.stdout)
+    assert {"onnxruntime", "onnxruntime-genai"} <= report["environment"].keys()
+    assert CliRunner().invoke(main, [*call, *quick]).exit_code == UsageError.exit_code
