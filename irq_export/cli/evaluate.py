@@ -25,12 +25,11 @@ _PATH = click.Path(path_type=Path)
 @click.option("--data", required=True, type=_PATH, help="Folder of their files; nothing is downloaded.")
 @click.option("--adapter", type=_PATH, help="PEFT directory, for checkpoints (default: their own).")
 @click.option("--adapter-gguf", type=_PATH, help="Separate adapter file, for GGUF files.")
+@click.option("--adapter-onnx", type=_PATH, help="Adapter file, for ONNX folders (default: their only one).")
 @click.option(
     "--runtime",
-    type=click.Choice(["native", "reference", "llama.cpp"]),
-    default="native",
-    show_default=True,
-    help="For GGUF files.",
+    type=click.Choice(["native", "reference", "llama.cpp", "onnxruntime+irq", "onnxruntime"]),
+    help="For GGUF files (default: native) and ONNX folders (default: onnxruntime+irq).",
 )
 @click.option(
     "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of native."
@@ -53,7 +52,8 @@ _PATH = click.Path(path_type=Path)
 @json_option
 @verb
 def command(models: tuple[Path, ...], tasks: str, as_json: bool, **options: Any) -> None:
-    """Run benchmarks on MODEL: a checkpoint, a Hugging Face directory, a GGUF file, or a stock pair.
+    """Run benchmarks on MODEL: a checkpoint, a Hugging Face directory, a GGUF file, a stock pair, or a folder
+    that to-onnx wrote.
 
     With two models both columns are printed, with the differences and their paired standard errors: what an
     export changed, question by question.

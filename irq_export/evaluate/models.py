@@ -11,7 +11,14 @@ from typing import Any
 
 import tokenizers
 
-from irq_export.evaluate.scorers import LlamaCppScorer, Scorer, engine_scorer, reference_scorer
+from irq_export.evaluate.scorers import (
+    LlamaCppScorer,
+    Scorer,
+    engine_scorer,
+    onnx_scorer,
+    reference_scorer,
+)
+from irq_export.parity.target import is_onnx
 from irq_formats.errors import MalformedFile, UsageError
 from irq_formats.gguf.irq_payload import ARCHITECTURE
 from irq_formats.gguf.model_keys import IRQ_PREFIX, read_model
@@ -22,10 +29,12 @@ from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model
 from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["RUNTIMES", "EvaluatedModel", "open_model"]
+__all__ = ["ONNX_RUNTIMES", "RUNTIMES", "EvaluatedModel", "open_model", "runtimes_of"]
 
-#: What runs an exported file; a directory of weights always runs in torch.
+#: What runs a GGUF file; the first is the default. A directory of weights always runs in torch.
 RUNTIMES = ("native", "reference", "llama.cpp")
+#: What runs a folder of ``to-onnx``: onnxruntime, with our library or without.
+ONNX_RUNTIMES = ("onnxruntime+irq", "onnxruntime")
 #: Longest sequence kept for any task.
 _CONTEXT = 4096
 
@@ -45,13 +54,21 @@ class EvaluatedModel:
     tokenizer: Tokenizer
 
 
+def runtimes_of(path: str | Path) -> tuple[str, ...]:
+    """Return what can run a model, the default first; nothing to choose for a directory of weights."""
+    if is_onnx(Path(path)):
+        return ONNX_RUNTIMES
+    return () if (Path(path) / "config.json").is_file() else RUNTIMES
+
+
 @contextmanager
 def open_model(
     path: str | Path,
     *,
     adapter: str | Path | None = None,
     adapter_gguf: str | Path | None = None,
-    runtime: str = "native",
+    adapter_onnx: str | Path | None = None,
+    runtime: str | None = None,
     mode: str = "exact",
     threads: int = 2,
     device: str = "cpu",
@@ -61,12 +78,13 @@ def open_model(
     """Open a model for evaluation.
 
     Args:
-        path: Checkpoint or Hugging Face directory, GGUF file, or directory of a stock pair.
+        path: Checkpoint or Hugging Face directory, GGUF file, directory of a stock pair, or ONNX folder.
         adapter: PEFT directory, for a directory of weights; default: the checkpoint's own, if it has one.
         adapter_gguf: Separate adapter file, for a GGUF.
-        runtime: One of :data:`RUNTIMES`, for a GGUF.
+        adapter_onnx: Adapter file, for an ONNX folder; default: its only one, if there is one.
+        runtime: One of :func:`runtimes_of` the path.
         mode: Of the native engine, ``exact`` or ``fast``.
-        threads: Of native and llama.cpp.
+        threads: Of native, llama.cpp and onnxruntime.
         device: Of torch.
         dtype: Of torch: ``float32``, ``bfloat16``, ``float16`` or ``float64``.
         batch_tokens: Of torch, tokens a batch.
@@ -78,15 +96,20 @@ def open_model(
         UnsupportedModel: A model this version does not run.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
+    known = runtimes_of(path)
+    if known and runtime not in (None, *known):
+        raise UsageError("unknown runtime", where=path, expected=" | ".join(known), got=runtime)
+    if known == ONNX_RUNTIMES:
+        yield _open_onnx(path, adapter_onnx, runtime or known[0], threads)
+        return
+    if not known:
         if adapter_gguf is not None:
             raise UsageError(
                 "a directory of weights takes a PEFT adapter", got=adapter_gguf, hint="--adapter"
             )
         yield _open_torch(path, adapter, device, dtype, batch_tokens)
         return
-    if runtime not in RUNTIMES:
-        raise UsageError("unknown runtime", expected=" | ".join(RUNTIMES), got=runtime)
+    runtime = runtime or known[0]
     model, lora = model_files(path, None if adapter_gguf is None else Path(adapter_gguf))
     gguf = open_gguf(model)
     tokenizer = load_tokenizer(gguf)
@@ -144,6 +167,27 @@ def _open_torch(
     limit = min(model.config.max_position_embeddings, _CONTEXT)
     scorer = TorchScorer(model, max_length=limit, batch_tokens=batch_tokens)
     return EvaluatedModel(path, scorer, tokenizer)
+
+
+def _open_onnx(path: Path, adapter: str | Path | None, runtime: str, threads: int) -> EvaluatedModel:
+    from irq_export.parity.onnx_runtimes import OnnxRuntime
+    from irq_formats.onnx.model_file import open_model as open_onnx
+    from irq_formats.strict_json import parse_object
+
+    folder = path.parent if path.suffix == ".onnx" else path
+    model = open_onnx(folder / "model.onnx" if path.is_dir() else path)
+    beside = sorted(folder.glob("*.onnx_adapter"))
+    if adapter is None and len(beside) > 1:
+        names = ", ".join(file.name for file in beside)
+        raise UsageError("several adapters in the folder", where=folder, got=names, hint="--adapter-onnx")
+    session = OnnxRuntime(model, library=runtime == "onnxruntime+irq", threads=threads)
+    session.use(Path(adapter) if adapter is not None else next(iter(beside), None))
+    settings = folder / "genai_config.json"
+    try:
+        context = int(parse_object(settings.read_bytes(), where=settings)["model"]["context_length"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise MalformedFile("no length of the context", where=settings, got=error) from error
+    return EvaluatedModel(path, onnx_scorer(session, min(context, _CONTEXT)), _read_tokenizer(folder))
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from irq_export.evaluate.harness import draw, measure_task, measure_windows
 from irq_export.evaluate.measures import Difference, Measure, difference
-from irq_export.evaluate.models import EvaluatedModel, open_model
+from irq_export.evaluate.models import RUNTIMES, EvaluatedModel, open_model, runtimes_of
 from irq_export.evaluate.tasks import Task, TextTask, load_task
 from irq_export.perplexity import cut_windows
 from irq_formats.errors import UsageError
@@ -99,7 +99,8 @@ def evaluate(
     data: str | Path,
     adapter: str | Path | None = None,
     adapter_gguf: str | Path | None = None,
-    runtime: str = "native",
+    adapter_onnx: str | Path | None = None,
+    runtime: str | None = None,
     mode: str = "exact",
     threads: int = 2,
     device: str = "cpu",
@@ -118,9 +119,11 @@ def evaluate(
         data: Folder of the benchmarks' files.
         adapter: PEFT directory, for models that are directories of weights.
         adapter_gguf: Separate adapter file, for models that are GGUF files.
-        runtime: For GGUF files: ``native``, ``reference`` or ``llama.cpp``.
+        adapter_onnx: Adapter file, for models that are ONNX folders; default: the folder's only one.
+        runtime: For GGUF files ``native`` (default), ``reference`` or ``llama.cpp``; for ONNX folders
+            ``onnxruntime+irq`` (default) or ``onnxruntime``. Of two models it holds for those it can run.
         mode: Of the native engine.
-        threads: Of native and llama.cpp.
+        threads: Of native, llama.cpp and onnxruntime.
         device: Of torch.
         dtype: Of torch.
         batch_tokens: Of torch.
@@ -138,18 +141,22 @@ def evaluate(
         raise UsageError("nothing to evaluate", expected="one or two models, at least one task")
     if (limit is not None and limit < 1) or window < 4:
         raise UsageError("out of range", expected="limit >= 1, window >= 4", got=(limit, window))
+    kinds = [runtimes_of(path) for path in models]
+    if runtime is not None and not any(runtime in known for known in kinds):
+        known = " | ".join(dict.fromkeys(name for names in kinds for name in names)) or "none: torch runs it"
+        raise UsageError("no model that this runtime runs", expected=known, got=runtime)
     loaded = [load_task(name, data) for name in dict.fromkeys(tasks)]
     loaded = [draw(task, limit, seed) if isinstance(task, Task) else task for task in loaded]
     runs: list[ModelRun] = []
     measures: list[list[Measure]] = []
     fingerprint: list[int] | None = None
     for i, path in enumerate(models):
-        is_dir = (Path(path) / "config.json").is_file()
         with open_model(
             path,
-            adapter=adapter if is_dir else None,
-            adapter_gguf=None if is_dir else adapter_gguf,
-            runtime=runtime,
+            adapter=None if kinds[i] else adapter,
+            adapter_gguf=adapter_gguf if kinds[i] == RUNTIMES else None,
+            adapter_onnx=adapter_onnx,
+            runtime=runtime if runtime in kinds[i] else None,
             mode=mode,
             threads=threads,
             device=device,

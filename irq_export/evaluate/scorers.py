@@ -22,8 +22,17 @@ from irq_runtime.reference import ReferenceModel
 
 if TYPE_CHECKING:
     from irq_export.parity.llamacpp import LlamaCpp
+    from irq_export.parity.onnx_runtimes import OnnxRuntime
 
-__all__ = ["CachedScorer", "LlamaCppScorer", "Score", "Scorer", "engine_scorer", "reference_scorer"]
+__all__ = [
+    "CachedScorer",
+    "LlamaCppScorer",
+    "Score",
+    "Scorer",
+    "engine_scorer",
+    "onnx_scorer",
+    "reference_scorer",
+]
 
 Floats = NDArray[np.floating]
 #: Called with the number of requests done.
@@ -151,6 +160,22 @@ def reference_scorer(model: ReferenceModel, dtype: DTypeLike = np.float32) -> Ca
         last=lambda tokens: model.head(model.hidden(tokens, cache)[-1:])[0],
         each=lambda tokens: model.step(tokens, cache),
         truncate=cache.truncate,
+    )
+
+
+def onnx_scorer(runtime: OnnxRuntime, max_length: int) -> CachedScorer:
+    """Return a scorer over a session of onnxruntime, for sequences of at most ``max_length`` tokens."""
+    cache = runtime.empty_cache()  # of every layer keys and values (1, kv heads, positions, head_dim)
+
+    def each(tokens: Sequence[int]) -> Floats:
+        logits, cache[:] = runtime.step(tokens, cache)
+        return logits.astype(np.float32, copy=False)
+
+    def truncate(length: int) -> None:
+        cache[:] = [array[:, :, :length] for array in cache]
+
+    return CachedScorer(
+        runtime.name, max_length, last=lambda tokens: each(tokens)[-1], each=each, truncate=truncate
     )
 
 

@@ -77,14 +77,14 @@ class OnnxRuntime:
 
     def logits(self, tokens: Tokens) -> NDArray[np.floating]:
         """Return logits ``(n, vocab)``."""
-        return self._step(list(tokens), self._empty())[0]
+        return self.step(list(tokens), self.empty_cache())[0]
 
     def greedy(self, tokens: Tokens, count: int) -> list[int]:
         """Return ``count`` tokens by argmax, with the cache."""
         found: list[int] = []
-        step, cache = list(tokens), self._empty()
+        step, cache = list(tokens), self.empty_cache()
         for _ in range(count):
-            logits, cache = self._step(step, cache)
+            logits, cache = self.step(step, cache)
             step = [int(logits[-1].argmax())]
             found += step
         return found
@@ -93,13 +93,15 @@ class OnnxRuntime:
         """Return the file with the profile."""
         return Path(self._session.end_profiling())
 
-    def _empty(self) -> list[NDArray[np.floating]]:
+    def empty_cache(self) -> list[NDArray[np.floating]]:
+        """Return keys and values of no position, each ``(1, kv heads, 0, head_dim)``."""
         dtype = np.float16 if "float16" in self._past[0].type else np.float32
         return [np.zeros((1, value.shape[1], 0, value.shape[3]), dtype) for value in self._past]
 
-    def _step(
+    def step(
         self, tokens: Sequence[int], cache: Sequence[NDArray[np.floating]]
     ) -> tuple[NDArray[np.floating], list[NDArray[np.floating]]]:
+        """Return the logits ``(n, vocab)`` of tokens behind a cache, and the cache after them."""
         total = cache[0].shape[2] + len(tokens)
         feed = {
             "input_ids": np.array([tokens], np.int64),

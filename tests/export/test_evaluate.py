@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jsonschema
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from irq_export.cli import main
 from irq_export.evaluate.run import Evaluation, evaluate
 from irq_export.export.gguf import to_gguf
+from irq_export.export.onnx import to_onnx
 from irq_export.perplexity import perplexity
 from irq_formats.blocks import BlockSpec
 from irq_formats.errors import UsageError
@@ -127,6 +129,28 @@ def test_stock_exports_run_in_llama_cpp(
     assert [row.samples for row in stock.rows] == [8, 8]
     # nf4 on Q8_0: near, not equal; a wrong alignment of context and choice would be at chance
     assert abs(stock.rows[0].values[0] - ours.rows[0].values[0]) <= 0.25
+
+
+def test_onnx_folders_run_with_our_library_and_without(
+    both: Evaluation, source: GgufSource, data: Path, tmp_path: Path
+) -> None:
+    """The same log-likelihoods as torch, with the folder's adapter; two adapters have to be chosen from."""
+    onnx = tmp_path / "onnx"
+    to_onnx(source.path, onnx, adapters=[source.adapter_dir], overwrite=False)
+    options = {"tasks": TASKS.split(","), "data": data, "threads": 1, "window": 64}
+    for runtime in ("onnxruntime", None):
+        found = evaluate([onnx], runtime=runtime, **options)
+        assert found.models[0].runtime == (runtime or "onnxruntime+irq")
+        for row, expected in zip(found.rows, both.rows, strict=True):
+            assert abs(row.values[0] - expected.values[0]) <= LOGLIKELIHOOD_FLOAT32 * expected.values[0]
+    with pytest.raises(UsageError, match="no model that this runtime runs"):
+        evaluate([onnx], runtime="native", **options)
+    adapter = next(onnx.glob("*.onnx_adapter"))
+    shutil.copyfile(adapter, onnx / "other.onnx_adapter")
+    with pytest.raises(UsageError, match="several adapters"):
+        evaluate([onnx], **options)
+    chosen = evaluate([onnx], adapter_onnx=adapter, limit=2, **options)
+    assert chosen.rows[-1].samples == 2
 
 
 def test_refusals(source: GgufSource, exported: Path, data: Path, tmp_path: Path) -> None:
