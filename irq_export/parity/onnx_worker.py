@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,7 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
     Per case, that is adapter, swapped while the model stays loaded: logits of the tokens, saved to a file,
     and greedy tokens after the prompt, beyond any end. Also the tokens of some texts.
     """
-    import onnxruntime_genai
-
+    onnxruntime_genai: Any = import_module("onnxruntime_genai")
     config = onnxruntime_genai.Config(job["folder"])
     session_options: dict[str, Any] = {"intra_op_num_threads": job["threads"]}
     if job["library"]:  # genai takes a library from the model's folder or from the working directory

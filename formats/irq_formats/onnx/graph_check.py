@@ -29,7 +29,7 @@ _CONTRIB_OPS = {*_PRODUCTS, "GroupQueryAttention"}
 _OPERATORS = {f"MatMulBlocks{codebook.upper()}": codebook for codebook in CODEBOOKS}
 _VERSIONS = {**OPSETS, DOMAIN: VERSION}
 #: Bits per element of what constants and default values may be.
-_BITS = {
+_BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT: 32,
     onnx.TensorProto.FLOAT16: 16,
     onnx.TensorProto.UINT8: 8,
