@@ -8,7 +8,7 @@ file is safetensors: one float32 vector ``(in,)`` for each linear, under its mod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from irq_formats.safetensors_io import open_safetensors
 from irq_formats.safetensors_types import TensorSpec
 from irq_formats.safetensors_writer import SafeTensorsWriter
 
-__all__ = ["CalibrateReport", "Importance", "calibrate", "input_importance", "read_importance"]
+__all__ = ["CalibrateReport", "Importance", "calibrate", "input_importance", "measure", "read_importance"]
 
 #: Marks the file; the value is the version of its layout.
 _KEY = "irq.importance"
@@ -123,6 +123,45 @@ def input_importance(
     return {name: (total / windows.numel()).cpu() for name, total in sums.items()}, nats / len(windows)
 
 
+def measure(
+    model_dir: str | Path,
+    ids: Sequence[int],
+    source: str,
+    *,
+    windows: int = 128,
+    context: int = 512,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> tuple[Importance, float]:
+    """Measure the importance of the inputs of every linear of a model on tokens.
+
+    Args:
+        model_dir: Hugging Face directory, not quantised.
+        ids: Tokens; whole windows of them are read.
+        source: SHA-256 of where the tokens come from, for the record.
+        windows: Read so many at most.
+        context: Tokens of a window.
+        device: Where to run the model: float32 on a CPU, else bfloat16.
+        progress: Called with (windows done, windows in all, what).
+
+    Returns:
+        The importance, and the perplexity of the model on these tokens.
+
+    Raises:
+        UsageError: Fewer tokens than a window.
+    """
+    from transformers import AutoModelForCausalLM
+
+    count = min(windows, len(ids) // context)
+    if count < 1:
+        raise UsageError("the text is shorter than a window", expected=context, got=len(ids))
+    tokens = torch.tensor(ids[: count * context], device=device).view(count, context)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    moments, nats = input_importance(model.to(device).eval(), tokens, progress)
+    return Importance(moments, tokens.numel(), source), float(torch.tensor(nats).exp())
+
+
 def calibrate(
     model_dir: str | Path,
     text: str | Path,
@@ -153,8 +192,6 @@ def calibrate(
         UsageError: No such model or text, or a text shorter than a window.
         OutputExists: ``output`` exists and ``overwrite`` is false.
     """
-    from transformers import AutoModelForCausalLM
-
     model_dir, text, output = Path(model_dir), Path(text), Path(output)
     tokenizer_file = model_dir / "tokenizer.json"
     for path in (model_dir / "config.json", tokenizer_file, text):
@@ -167,21 +204,18 @@ def calibrate(
         raise UsageError("the text is not UTF-8", where=text) from error
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     ids = tokenizer.encode(content[: windows * context * 16], add_special_tokens=False).ids
-    count = min(windows, len(ids) // context)
-    if count < 1:
-        raise UsageError("the text is shorter than a window", where=text, expected=context, got=len(ids))
-    tokens = torch.tensor(ids[: count * context], device=device).view(count, context)
+    digest = hashlib.sha256(raw).hexdigest()
     with atomic_file(output, overwrite=overwrite) as file:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
-        moments, nats = input_importance(model.to(device).eval(), tokens, progress)
+        importance, perplexity = measure(
+            model_dir, ids, digest, windows=windows, context=context, device=device, progress=progress
+        )
+        moments = importance.moments
         specs = [TensorSpec(name, "F32", tuple(vector.shape)) for name, vector in moments.items()]
-        record = {_KEY: "1", "tokens": str(tokens.numel()), "text_sha256": hashlib.sha256(raw).hexdigest()}
+        record = {_KEY: "1", "tokens": str(importance.tokens), "text_sha256": digest}
         with SafeTensorsWriter(file, specs, record) as writer:
             for name, vector in moments.items():
                 writer.write(name, vector.numpy())
-    perplexity = float(torch.tensor(nats).exp())
-    return CalibrateReport(output, len(moments), tokens.numel(), perplexity)
+    return CalibrateReport(output, len(moments), importance.tokens, perplexity)
 
 
 def read_importance(path: str | Path) -> Importance:

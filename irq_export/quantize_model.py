@@ -125,7 +125,7 @@ def quantize(
     embedding: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    importance: str | Path | None = None,
+    importance: str | Path | Importance | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -148,8 +148,9 @@ def quantize(
         embedding: ``int8`` quantises the embedding and an untied head to Q8_0.
         include: Shell patterns of module names; where given, only linears that match are quantised.
         exclude: Shell patterns of linears that are not quantised.
-        importance: File of ``irq_export.calibrate``: scale and offset are fitted to what the inputs of
-            each linear carry; nothing is searched (``icq``, ``tie``, ``refine``, ``objective`` stay default).
+        importance: Of ``irq_export.calibrate``, or its file: scale and offset are fitted to what the inputs
+            of each linear carry; nothing is searched (``icq``, ``tie``, ``refine``, ``objective`` stay
+            default).
         device: Where to search: ``cpu``, ``cuda``, ``cuda:1``. The result does not depend on it.
         overwrite: Replace an existing checkpoint.
         progress: Called with (tensors done, tensors in all, name).
@@ -168,7 +169,7 @@ def quantize(
     spec = BlockSpec(codebook, block_size, scale, tau, scale_rounding)
     search = SearchConfig(icq=icq, objective=objective, tie=tie, refine=refine, numerics=numerics)
     check_settings(spec, search)
-    calibration = None if importance is None else _calibration(Path(importance), spec, search)
+    calibration = None if importance is None else _calibration(importance, spec, search)
     where = _device(device)
     plan = plan_quantization(model_dir, spec, embedding=embedding, include=include, exclude=exclude)
     output = Path(output_dir)
@@ -199,8 +200,8 @@ def quantize(
     )
 
 
-def _calibration(path: Path, spec: BlockSpec, search: SearchConfig) -> Importance:
-    """Read the importance of the inputs, which leaves nothing to search."""
+def _calibration(given: str | Path | Importance, spec: BlockSpec, search: SearchConfig) -> Importance:
+    """Return the importance of the inputs, which leaves nothing to search."""
     if search != SearchConfig():
         raise UsageError(
             "with importance nothing is searched",
@@ -209,7 +210,7 @@ def _calibration(path: Path, spec: BlockSpec, search: SearchConfig) -> Importanc
         )
     if spec.tau == "none":
         raise UsageError("importance fits an offset, and tau none stores none", hint="Leave tau out")
-    return read_importance(path)
+    return given if isinstance(given, Importance) else read_importance(given)
 
 
 def _device(name: str) -> torch.device:

@@ -110,6 +110,7 @@ def _show_plan(config: TrainConfig, *, as_json: bool) -> None:
         f"{estimate.trainable:,} parameters to train",
         f"base {estimate.base:,} bytes, adapter with gradients and optimizer {estimate.adapter:,} bytes",
         f"activations at most about {estimate.activations:,} bytes",
+        f"before that {estimate.measuring:,} bytes to measure importance",
         f"{estimate.total / 2**30:.2f} GiB on a device",
         f"disk {estimate.disk:,} bytes and {config.keep} states of about {12 * estimate.trainable:,}",
     ]

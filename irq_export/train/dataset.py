@@ -26,6 +26,8 @@ __all__ = ["Collator", "EpochOrder", "Row", "Rows", "load_rows", "pack"]
 #: Batches whose examples are sorted together: long enough to pair like lengths, short enough to stay random.
 _BATCHES_SORTED = 50
 _PAD_MULTIPLE = 8
+#: Tokens on which importance is measured: 128 windows of 512.
+_SAMPLED = 1 << 16
 
 #: One row of a batch: one example, or several packed ones.
 Row = tuple[Example, ...]
@@ -53,6 +55,12 @@ class Rows(Dataset[Row]):
     def lengths(self) -> list[int]:
         """Tokens of every row."""
         return [sum(len(example.ids) for example in row) for row in self.rows]
+
+    def sample(self, count: int = _SAMPLED) -> tuple[list[int], str]:
+        """Return about ``count`` tokens of rows spread over the set, in order, and :meth:`digest`."""
+        wanted = max(1, min(len(self), round(count * len(self) / max(1, sum(self.lengths)))))
+        chosen = [self.rows[i * len(self) // wanted] for i in range(wanted)]
+        return [int(token) for row in chosen for example in row for token in example.ids], self.digest()
 
     def digest(self) -> str:
         """SHA-256 of all ids and labels, in order."""

@@ -33,6 +33,7 @@ class MemoryEstimate:
         activations: Upper estimate for one micro-batch of rows of full length.
         trainable: Parameters of the adapter.
         disk: Bytes of the checkpoint that is written.
+        measuring: The model in floating point, on which importance is measured before the training.
     """
 
     base: int
@@ -40,11 +41,12 @@ class MemoryEstimate:
     activations: int
     trainable: int
     disk: int
+    measuring: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.base + self.adapter + self.activations
+        """The most at any time."""
+        return max(self.base + self.adapter + self.activations, self.measuring)
 
     def to_dict(self) -> dict[str, int]:
         """Return the estimate for ``--json``."""
@@ -81,7 +83,9 @@ def estimate_memory(config: TrainConfig, *, bytes_per_value: int, devices: int =
     largest = max(prod(shape) for shape in shapes.values()) * bytes_per_value
     logits = tokens * model.vocab_size * 4 * _LOGITS
     activations = kept + layer + largest + logits
-    return MemoryEstimate(base, 16 * trainable, activations, trainable, disk)
+    measured = config.importance_source == "data" and not is_quantized(Path(config.model))
+    measuring = bytes_per_value * sum(map(prod, shapes.values())) if measured else 0
+    return MemoryEstimate(base, 16 * trainable, activations, trainable, disk, measuring)
 
 
 def _base(config: TrainConfig, bytes_per_value: int) -> tuple[ModelConfig, int, int]:

@@ -37,6 +37,11 @@ _FREE = {"log_every", "eval_every", "save_every", "keep", "tensorboard", "device
 #: Settings that may also differ while the learning rate does not depend on them.
 _LENGTH = {"epochs", "steps"}
 
+#: Tokens of training data below which importance is not measured on them.
+_ENOUGH = 4096
+#: Tokens of a window of them.
+_CONTEXT = 512
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -75,14 +80,22 @@ class RunDir:
             )
 
     def prepare(
-        self, config: TrainConfig, *, device: str, progress: Callable[[int, int, str], None] | None
+        self,
+        config: TrainConfig,
+        sample: Callable[[], tuple[list[int], str]],
+        *,
+        device: str,
+        progress: Callable[[int, int, str], None] | None,
+        say: Callable[[str], None],
     ) -> str:
         """Write the base, unless it is there already.
 
         Args:
             config: Says which model, and how it is quantised.
-            device: Where to search.
+            sample: Returns tokens of the training data and their digest, to measure importance on.
+            device: Where to measure and search.
             progress: Called with (tensors done, tensors in all, name).
+            say: Called with lines for people.
 
         Returns:
             Its base hash.
@@ -97,10 +110,24 @@ class RunDir:
         if is_quantized(source):
             self._copy_checkpoint(source)
             return open_checkpoint(self.path, verify=False).base_hash
+        from irq_export.calibrate import Importance, measure
         from irq_export.quantize_model import quantize
 
-        report = quantize(source, self.path, device=device, progress=progress, **quantize_settings(config))
-        return report.base_hash
+        importance: Importance | str | None = config.importance_source
+        if importance == "data":
+            ids, digest = sample()
+            if len(ids) < _ENOUGH:
+                say(f"the data has fewer than {_ENOUGH:,} tokens: importance is not measured, ICQ searches")
+                importance = None
+            else:
+                importance, perplexity = measure(
+                    source, ids, digest, context=_CONTEXT, device=device, progress=progress
+                )
+                say(f"importance measured on {importance.tokens:,} tokens (perplexity {perplexity:.2f})")
+        settings = quantize_settings(config)
+        return quantize(
+            source, self.path, device=device, importance=importance, progress=progress, **settings
+        ).base_hash
 
     def _copy_checkpoint(self, source: Path) -> None:
         """Copy the files that a checkpoint's manifest lists."""
