@@ -81,6 +81,7 @@ class TrainConfig:
         "auto", "Of the arithmetic: auto is bf16 on CUDA, else fp32.", ("auto", "fp32", "bf16")
     )
     gradient_checkpointing: bool = _field(True, "Recompute activations: less memory, more time.")
+    fsdp: bool = _field(False, "Shard base, adapter and optimizer over the devices (FSDP2).")
     log_every: int = _field(10, "Steps between lines of metrics.")
     eval_every: int = _field(100, "Steps between evaluations, with --eval-data.")
     save_every: int = _field(500, "Steps between resumable states.")

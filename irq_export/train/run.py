@@ -34,6 +34,13 @@ from irq_export.train.callbacks import MetricsCallback, OrderCallback, Report, S
 from irq_export.train.config import TrainConfig
 from irq_export.train.dataset import Collator, EpochOrder, Rows, load_rows
 from irq_export.train.run_dir import RunDir
+from irq_export.train.sharding import (
+    check_sharding,
+    keep_float32,
+    make_shardable,
+    shard_on_cpu,
+    sharding_arguments,
+)
 from irq_formats.adapter import Adapter
 from irq_formats.errors import UsageError
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
@@ -114,6 +121,7 @@ def train(
     """
     started = time.monotonic()
     run = RunDir(Path(config.output))
+    check_sharding(config)
     arguments = _arguments(config, run)
     on_cuda = arguments.device.type == "cuda"  # asking for the device sets up the processes
     place = PartialState()
@@ -138,6 +146,7 @@ def train(
     model = _model(config, run, verify=place.is_main_process)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     say_once(f"{trainable:,} parameters to train, base hash {base_hash}")
+    shard_on_cpu(arguments)
     order = EpochOrder(rows.lengths, config.batch_size, seed=config.seed, group=config.group_by_length)
     trainer = _Trainer(
         order,
@@ -153,6 +162,7 @@ def train(
             *callbacks,
         ],
     )
+    keep_float32(trainer)
     result = trainer.train(resume_from_checkpoint=str(state) if state else None)
     betas = _write_adapter(run, base_hash, config) if place.is_main_process else 0.0
     place.wait_for_everyone()
@@ -265,13 +275,14 @@ def _arguments(config: TrainConfig, run: RunDir) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # the buffers are the frozen base: equal everywhere, and large
         dataloader_pin_memory=_device(config) == "cuda",
+        **sharding_arguments(config),
     )
 
 
 def _optimizer(config: TrainConfig) -> str:
     if config.optimizer != "auto":
         return config.optimizer
-    paged = _device(config) == "cuda" and find_spec("bitsandbytes") is not None
+    paged = not config.fsdp and _device(config) == "cuda" and find_spec("bitsandbytes") is not None
     return "paged_adamw_32bit" if paged else "adamw_torch"
 
 
@@ -294,7 +305,10 @@ def _model(config: TrainConfig, run: RunDir, *, verify: bool) -> PeftModel:
         target_modules=list(config.targets or LINEARS),
         irq_iec=config.iec,
     )
-    return get_peft_model(model, adapter)
+    adapted = get_peft_model(model, adapter)
+    if config.fsdp:
+        make_shardable(adapted)
+    return adapted
 
 
 def _pad_id(tokenizer: Any) -> int:

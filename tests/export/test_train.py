@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -262,19 +263,27 @@ from irq_export.train.run import train
 
 class Keep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.is_world_process_zero and state.global_step == 0:
-            named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-            torch.save(named, sys.argv[1])
+        if state.global_step == 0:
+            whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t  # every process takes part
+            named = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+            named["sharded"] = torch.tensor(sum(hasattr(p, "full_tensor") for p in model.parameters()))
+            if state.is_world_process_zero:
+                torch.save(named, sys.argv[1])
 
 settings = dict(model=sys.argv[2], data=(sys.argv[3],), output=sys.argv[4], rank=4, batch_size=4, steps=2,
-                max_length=96, prompt="plain", device="cpu", max_grad_norm=1e9, log_every=1)
+                max_length=96, prompt="plain", device="cpu", max_grad_norm=1e9, log_every=1,
+                fsdp="fsdp" in sys.argv[5:])
 train(make_config(settings), callbacks=[Keep()])
 """
 
 
-@pytest.mark.slow  # three interpreters that import torch and transformers: 30 s on one core
-def test_two_processes_have_the_gradients_of_one(source: Path, tmp_path: Path) -> None:
-    """DDP over gloo: the first step's gradients, weighted by tokens over both halves, are those of one."""
+@pytest.mark.slow  # three interpreters that import torch and transformers: 30 s on one core, each
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_have_the_gradients_of_one(how: str, source: Path, tmp_path: Path) -> None:
+    """Over gloo: the first step's gradients, weighted by tokens over both halves, are those of one.
+
+    FSDP2 is proved to have sharded, and both save the whole adapter of one process.
+    """
     script = tmp_path / "first_step.py"
     script.write_text(_FIRST_STEP)
     with socket.socket() as free:
@@ -286,13 +295,17 @@ def test_two_processes_have_the_gradients_of_one(source: Path, tmp_path: Path) -
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
         environment = {**os.environ, **(variables if world > 1 else {})}
         paths = [tmp_path / f"{name}.pt", source / "model", source / "data.json", tmp_path / name]
-        return subprocess.Popen([sys.executable, str(script), *map(str, paths)], env=environment)
+        more = [how] if world > 1 else []
+        return subprocess.Popen([sys.executable, str(script), *map(str, paths), *more], env=environment)
 
     for name, world in (("one", 1), ("two", 2)):
         processes = [start(name, rank, world) for rank in range(world)]
         assert [process.wait(timeout=200) for process in processes] == [0] * world
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     two = {name.removeprefix("module."): gradient for name, gradient in two.items()}
+    sharded = [int(found.pop("sharded")) for found in (one, two)]
+    assert sharded[0] == 0
+    assert (sharded[1] > 14 * 6) == (how == "fsdp")  # the parts of 14 linear layers, and the adapter
     assert one.keys() == two.keys()
     assert any("lora_beta" in name for name in one)
     for name, gradient in one.items():
@@ -302,3 +315,9 @@ def test_two_processes_have_the_gradients_of_one(source: Path, tmp_path: Path) -
     losses = [curve(tmp_path / name) for name in ("one", "two")]
     for mine, theirs in zip(*losses, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = (read_peft_adapter(tmp_path / name / "adapter").layers for name in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    for name, layer in theirs.items():
+        np.testing.assert_allclose(ours[name].lora_a, layer.lora_a, rtol=0, atol=1e-3)  # two steps of 2e-4
+        assert ours[name].lora_b.shape == layer.lora_b.shape
+        assert np.abs(ours[name].lora_b).max() > 0
