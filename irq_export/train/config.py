@@ -52,6 +52,11 @@ class TrainConfig:
         "nf4", "Of a model in floating point.", ("nf4", "nf3", "nf2", "int4", "int3", "int2")
     )
     icq: bool = _field(True, "Search offsets (ICQ); without, plain block-wise absolute maxima, as QLoRA.")
+    importance: str = _field(
+        "data",
+        "Fit scale and offset to what the inputs of each layer carry: data measures that on the training"
+        " data, none leaves the choice to ICQ and the refit, else a file of irq-export calibrate.",
+    )
     embedding: str = _field("keep", "int8 quantises embedding and head too.", ("keep", "int8"))
     iec: bool = _field(True, "Elastic connections (IEC); without, plain LoRA.")
     rank: int = _field(64, "Rank of the adapter.")
@@ -103,6 +108,11 @@ class TrainConfig:
             raise UsageError("--dropout and --adam-beta2 lie in [0, 1)")
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise UsageError("--warmup-steps and --weight-decay are not negative")
+
+    @property
+    def importance_source(self) -> str | None:
+        """``data``, a file, or None where nothing is fitted: without ICQ there is no offset to fit."""
+        return self.importance if self.icq and self.importance != "none" else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""

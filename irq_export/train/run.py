@@ -132,7 +132,9 @@ def train(
     tokenizer = _tokenizer(run.path if run.path.is_dir() else Path(config.model))
     rows, held_out = _data(config, tokenizer, say_once)  # refused before the model is touched
     with place.main_process_first():
-        base_hash = run.prepare(config, device=arguments.device.type, progress=report)
+        base_hash = run.prepare(
+            config, rows.sample, device=arguments.device.type, progress=report, say=say_once
+        )
     state = None
     with place.main_process_first():
         if place.is_main_process:

@@ -99,6 +99,28 @@ def finished(source: Path) -> Path:
     return output
 
 
+@pytest.mark.parametrize("importance", ["data", "none", "file"])
+def test_importance_of_the_training_data(
+    source: Path, tmp_path: Path, importance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default it is measured where there are tokens enough, and said where there are not."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dogs " * 40)
+    if importance == "file":
+        invoke("calibrate", str(source / "model"), str(text), "-o", str(tmp_path / "file"), "--context", "64")
+    more = ["--importance", str(tmp_path / "file") if importance == "file" else importance, "--steps", "1"]
+    for enough in (10**6, 64):
+        monkeypatch.setattr("irq_export.train.run_dir._ENOUGH", enough)
+        monkeypatch.setattr("irq_export.train.run_dir._CONTEXT", 64)
+        output = tmp_path / f"{enough}"
+        result = CliRunner().invoke(main, arguments(source, output, *more))
+        assert result.exit_code == 0, result.output
+        search = open_checkpoint(output).config["quantization_config"]["search"]
+        measured = importance == "file" or (importance == "data" and enough == 64)
+        assert search.get("importance", False) is measured
+        assert ("is not measured" in result.stderr) is (importance == "data" and enough == 10**6)
+
+
 def test_a_run_is_a_checkpoint_that_deploys(finished: Path, tmp_path: Path) -> None:
     losses = [loss for _, loss, _ in curve(finished)]
     assert len(losses) == 10
