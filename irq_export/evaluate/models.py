@@ -184,7 +184,8 @@ def _open_onnx(path: Path, adapter: str | Path | None, runtime: str, threads: in
     session.use(Path(adapter) if adapter is not None else next(iter(beside), None))
     settings = folder / "genai_config.json"
     try:
-        context = int(parse_object(settings.read_bytes(), where=settings)["model"]["context_length"])
+        values: Any = parse_object(settings.read_bytes(), where=settings)
+        context = int(values["model"]["context_length"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise MalformedFile("no length of the context", where=settings, got=error) from error
     return EvaluatedModel(path, onnx_scorer(session, min(context, _CONTEXT)), _read_tokenizer(folder))
