@@ -66,8 +66,8 @@ def verify(
         runtimes: Which of :data:`RUNTIMES`, for ONNX of :data:`ONNX_RUNTIMES`, to run; default: all that
             are installed.
         text: UTF-8 file to evaluate on; default: a passage that ships with the package.
-        positions: Tokens of the text to evaluate.
-        greedy: Tokens to generate; 0 skips the level.
+        positions: Tokens of the text to evaluate; fewer, and the report says so, if the model takes fewer.
+        greedy: Tokens to generate, likewise; 0 skips the level.
         adapter_scale: Scale given to the runtimes' adapter. Anything but 1 must fail: a test of the test.
         threads: Compute threads of the runtimes.
         progress: Called after every check with (done, total, its name); the total is an estimate.
@@ -85,6 +85,14 @@ def verify(
     given = [adapter] if isinstance(adapter, str | Path) else adapter or []
     adapters = [Path(directory) for directory in given]
     checks: list[Check] = []
+    checkpoint = open_checkpoint(Path(against))
+    longest = checkpoint.model.max_position_embeddings - 1  # llama.cpp keeps room for one more
+    if positions > longest or _PROMPT_TOKENS + greedy > longest:
+        fitted = min(positions, longest), max(0, min(greedy, longest - _PROMPT_TOKENS))
+        detail = f"{fitted[0]} of {positions} evaluated, {fitted[1]} of {greedy} generated"
+        note = f"of {longest + 1} positions: {detail}"
+        checks.append(Check("container", "context of the model", None, note))
+        positions, greedy = fitted
     if is_onnx(Path(file)):
         from irq_export.parity.onnx_verify import ONNX_RUNTIMES, installed_runtimes, onnx_checks
 
@@ -93,7 +101,7 @@ def verify(
             raise UsageError("an ONNX export has its adapters in its folder, at scale 1", where=file)
         found = onnx_checks(
             Path(file),
-            open_checkpoint(Path(against)),
+            checkpoint,
             adapters,
             wanted,
             _read_text(text),
@@ -107,7 +115,7 @@ def verify(
             raise UsageError("a GGUF file has one adapter", where=file, got=len(adapters))
         found = _checks(
             Path(file),
-            open_checkpoint(Path(against)),
+            checkpoint,
             adapters[0] if adapters else None,
             None if adapter_gguf is None else Path(adapter_gguf),
             wanted,

@@ -12,6 +12,8 @@ import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tiny_checkpoints import write_tiny_checkpoint
+from tiny_tokenizers import VOCAB_SIZE, save_tiny_tokenizer
 
 from irq_export.cli import main
 from irq_export.export.gguf import to_gguf
@@ -84,6 +86,23 @@ def test_stock_pair_is_proved_in_llama_cpp(pair: Case) -> None:
         "native exact against torch float32",
         "native fast against torch float32",
     ]
+
+
+def test_a_short_context_is_said_and_kept(tmp_path: Path) -> None:
+    """A model of 32 positions, the defaults of 256 and 64: llama.cpp too is asked for what fits alone."""
+    pytest.importorskip("xllamacpp")
+    write_tiny_checkpoint(tmp_path / "c", vocab_size=VOCAB_SIZE, max_position_embeddings=32)
+    save_tiny_tokenizer(tmp_path / "c")
+    settings = tmp_path / "c" / "tokenizer_config.json"  # transformers 5 takes no special token as a table
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "</s>"}))
+    to_gguf(tmp_path / "c", tmp_path / "pair", profile="stock")
+    report = verify(tmp_path / "pair", against=tmp_path / "c", threads=1)
+    first = report.checks[0]
+    assert (first.name, first.passed) == ("context of the model", None)
+    assert first.detail == "of 32 positions: 31 of 256 evaluated, 23 of 64 generated"
+    found = {check.name: check for check in report.checks if check.level == "logits"}
+    assert found["llama.cpp against torch float32"].values["positions"] == 31
+    assert found["reference float64 against torch float64"].passed
 
 
 def test_two_hundred_greedy_tokens(irq: Case) -> None:
