@@ -75,3 +75,19 @@ def test_int4_in_stock_llama_cpp(model_dir: Path, text: Path, tmp_path: Path) ->
     assert report.passed, report.to_text()
     broken = irq_export.verify(pair, adapter_scale=0.0, positions=64, greedy=0, **arguments)
     assert not broken.passed  # tau and LoRA are really in the adapter
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "int4", "nf3", "nf2"])
+def test_onnx_in_every_runtime(codebook: str, model_dir: Path, tmp_path: Path) -> None:
+    """onnxruntime and genai, with our library and without; memory of loading is decided on at this size."""
+    pytest.importorskip("onnxruntime_genai")
+    from irq_export.export.onnx import to_onnx
+
+    checkpoint, adapter_dir, _ = adapted(model_dir, tmp_path, codebook)
+    to_onnx(checkpoint, tmp_path / "onnx", adapters=[adapter_dir])
+    report = irq_export.verify(
+        tmp_path / "onnx", against=checkpoint, adapter=adapter_dir, positions=128, greedy=32, threads=1
+    )
+    assert report.passed, report.to_text()
+    assert all(check.passed for check in report.checks if check.level in ("memory", "kernels", "greedy"))
+    assert sum(check.level == "greedy" for check in report.checks) == 4 * 2
