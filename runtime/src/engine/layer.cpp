@@ -17,10 +17,18 @@ constexpr std::size_t alike_tokens = 8;
 void product(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
              Store store) {
     if (x.tokens() > alike_tokens) return gemm(w, x, r0, r1, y, ldy, store);
+    if (x.tokens() == 1) return gemv(w, x, 0, r0, r1, y, store);
     for (std::size_t r = r0; r < r1; r += row_tile) {
         const std::size_t end = std::min(r + row_tile, r1);
         for (std::size_t t = 0; t < x.tokens(); ++t) gemv(w, x, t, r, end, y + t * ldy, store);
     }
+}
+
+// Whether what follows these products takes less time than threads take to meet: one row, no adapter.
+template <class Projection>
+bool is_light(std::size_t rows, const Projection *projections, std::size_t count) {
+    return rows == 1 && std::none_of(projections, projections + count,
+                                     [](const Projection &p) { return p.linear->has_lora(); });
 }
 
 void rotate(float *x, std::size_t head_dim, bool interleaved, const float *cosines, const float *sines) {
@@ -140,7 +148,7 @@ void Engine::attend(const Layer &layer, std::size_t index) {
                                       {&layer.k, w.k.data(), kv_width, Store::set, &w.branches[1]},
                                       {&layer.v, w.v.data(), kv_width, Store::set, &w.branches[2]}};
     multiply(w.hidden_input, projections, 3);
-    pool_.for_each(w.heads + w.kv_heads, [&](std::size_t item, unsigned) {
+    const auto finish = [&](std::size_t item, unsigned) {
         if (item < w.heads) {
             finish_head(projections[0], layer.q_norm, item, true);
         } else {
@@ -148,7 +156,12 @@ void Engine::attend(const Layer &layer, std::size_t index) {
             finish_head(projections[2], {}, item - w.heads, false);
             cache_head(index, item - w.heads);
         }
-    });
+    };
+    if (is_light(w.count, projections, 3)) {
+        for (std::size_t item = 0; item < w.heads + w.kv_heads; ++item) finish(item, 0);
+    } else {
+        pool_.for_each(w.heads + w.kv_heads, finish);
+    }
     pool_.for_each(w.count * w.heads, [&](std::size_t item, unsigned thread) {
         attend_head(index, item / w.heads, item % w.heads, thread);
     });
@@ -202,7 +215,8 @@ void Engine::feed_forward(const Layer &layer) {
     const Projection projections[] = {{&layer.gate, w.gate.data(), w.inner, Store::set, &w.branches[0]},
                                       {&layer.up, w.up.data(), w.inner, Store::set, &w.branches[1]}};
     multiply(w.hidden_input, projections, 2);
-    const std::size_t chunk = (w.inner / pool_.size() + row_tile) / row_tile * row_tile;
+    const std::size_t share = is_light(w.count, projections, 2) ? w.inner : w.inner / pool_.size();
+    const std::size_t chunk = (share + row_tile) / row_tile * row_tile;
     pool_.for_each((w.inner + chunk - 1) / chunk, [&](std::size_t range, unsigned) {
         const std::size_t begin = range * chunk, end = std::min(begin + chunk, w.inner);
         for (const Projection &p : projections) add_branch(p, begin, end);

@@ -99,9 +99,9 @@ void expand(const Matrix &w, std::size_t k, std::size_t n, float *scale, float *
     } else {
         expand_values<S>(w.scale, k, n, scale);
         if constexpr (L::adds_tau) expand_values<S>(w.tau, k, n, tau);
-        // The next rows' scales: by the time they are wanted the codes of these have gone through.
-        prefetch_values(w.scale, k + n, n);
-        if constexpr (L::adds_tau) prefetch_values(w.tau, k + n, n);
+        // Two turns ahead: one is shorter than memory takes when it is busy with codes.
+        prefetch_values(w.scale, k + 2 * n, n);
+        if constexpr (L::adds_tau) prefetch_values(w.tau, k + 2 * n, n);
     }
 }
 
@@ -277,6 +277,11 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
     const Dot dot(w);
     const std::uint8_t *data = row_data(w, 0) + L::lead;
     const std::size_t next_tile = larger(together * row_bytes, narrow ? codes_ahead : 0);
+    if (contiguous) {  // the first two turns
+        const std::size_t values = 2 * smaller(rows_at_once, r1 - r0) * nb;
+        prefetch_values(w.scale, r0 * nb, values);
+        if constexpr (L::adds_tau) prefetch_values(w.tau, r0 * nb, values);
+    }
     for (std::size_t row = r0; row < r1; row += rows_at_once) {
         const std::size_t rows = smaller(rows_at_once, r1 - row);
         if (narrow) expand<S, L>(w, row * nb, rows * nb, scale, tau);
