@@ -34,6 +34,7 @@ _EXTRAS = {
     **dict.fromkeys(("torch", "transformers", "peft", "accelerate"), "train"),
     **dict.fromkeys(("bitsandbytes", "datasets", "yaml"), "train"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime"), "onnx"),
+    "onnxruntime_genai": "genai",
     "xllamacpp": "llamacpp",
     "lm_eval": "evaluate",
 }
