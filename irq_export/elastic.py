@@ -38,9 +38,7 @@ class _ElasticWeight(torch.autograd.Function):
     """See :func:`elastic_weight`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, beta: Tensor, scaling: float, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, beta: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         ctx.dtype, ctx.scaling = weight.dtype, scaling
         value = _elastic_value(weight)
         if _on_gpu(weight, beta, dtype):
