@@ -1,6 +1,6 @@
 // Fast mode on AVX-512 VNNI: vpdpbusd multiplies unsigned 8-bit codes of weights by signed 8-bit codes of inputs
 // and adds four. Inputs are scale * (high + low / 256), a scale for every 32 columns: the second product of the
-// same unpacked weights costs a sixth of a gemv and takes the rounding of the inputs away.
+// same unpacked weights takes the rounding of the inputs away.
 #pragma once
 
 #include "avx512_ops.h"
