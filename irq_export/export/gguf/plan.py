@@ -16,7 +16,7 @@ from irq_formats.errors import IrqError, UsageError
 from irq_formats.gguf import GgufValue, file_bytes
 from irq_formats.preflight import check_dir_target, check_file_target, check_room
 
-__all__ = ["Plan", "PlannedFile", "check_complete", "preflight", "skip_lines"]
+__all__ = ["Plan", "PlannedFile", "check_complete", "check_used_once", "preflight", "skip_lines"]
 
 #: The interpreter with numpy, the tokenizer and the strict reader, bytes (measured: 90 MB).
 _PROCESS_BYTES = 128 << 20
@@ -152,11 +152,19 @@ def check_complete(plan: Plan, source_tensors: Iterable[str]) -> None:
         IrqError: One is not; that is a bug of the exporter, and nothing has been written.
     """
     used = Counter(origin for tensor in plan.tensors for origin in tensor.origins)
-    expected = set(source_tensors)
+    check_used_once(set(source_tensors), used, plan.skipped)
+
+
+def check_used_once(expected: set[str], used: Counter[str], skipped: Mapping[str, str]) -> None:
+    """Check that all that is expected, and nothing else, is used once or skipped.
+
+    Raises:
+        IrqError: It is not; that is a bug of the exporter.
+    """
     wrong = [
         name
-        for name in sorted(expected | used.keys() | plan.skipped.keys())
-        if name not in expected or used[name] + (name in plan.skipped) != 1
+        for name in sorted(expected | used.keys() | skipped.keys())
+        if name not in expected or used[name] + (name in skipped) != 1
     ]
     if wrong:
         raise IrqError(

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from irq_export.export.gguf.plan import skip_lines
+from irq_export.export.gguf.plan import check_used_once, skip_lines
 from irq_export.export.gguf.tensors import block_origins
 from irq_export.export.onnx.adapters import NamedAdapter
 from irq_export.export.onnx.weights import ExportTensor
 from irq_formats.checkpoint import Checkpoint
-from irq_formats.errors import IrqError, UsageError
+from irq_formats.errors import UsageError
 from irq_formats.onnx.data_file import data_offsets
 from irq_formats.onnx.model_file import DATA_NAME, MODEL_NAME
 from irq_formats.preflight import check_dir_target, check_room
@@ -153,18 +153,7 @@ def check_complete(plan: OnnxPlan, checkpoint: Checkpoint, adapters: Iterable[Na
         expected |= {*adapter.origins}
     used = Counter(origin for tensor in plan.tensors for origin in tensor.origins)
     used.update(origin for adapter in plan.adapters for origin in adapter.origins)
-    wrong = [
-        name
-        for name in sorted(expected | used.keys() | plan.skipped.keys())
-        if name not in expected or used[name] + (name in plan.skipped) != 1
-    ]
-    if wrong:
-        raise IrqError(
-            "source tensors are not used exactly once",
-            expected="1 each",
-            got=", ".join(f"{name}: {used[name]}" for name in wrong[:5]),
-            hint="Please report this bug",
-        )
+    check_used_once(expected, used, plan.skipped)
 
 
 def preflight(plan: OnnxPlan, inputs: Iterable[Path], *, overwrite: bool) -> None:
