@@ -120,7 +120,7 @@ def load_conversations(source: str, data_format: str = "auto") -> tuple[str, lis
     """Read a source of training data.
 
     Args:
-        source: A file, or ``hf:NAME[:SPLIT]`` for a data set of the Hugging Face hub.
+        source: A file, or ``hf:NAME[:SPLIT]`` for what ``datasets.load_dataset`` finds under a name.
         data_format: ``auto``, or the name of a format.
 
     Returns:
@@ -237,8 +237,16 @@ def _oasst(rows: Sequence[Row], where: str) -> list[list[Message]]:
 
 
 def _read_hub(source: str) -> list[Row]:
-    """Download a data set by name: only ever because the name carries the prefix."""
+    """Read a data set of the hub, or of a local directory: downloaded only because of the prefix.
+
+    Raises:
+        UsageError: It is not there, has no such split, or cannot be reached.
+    """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     name, _, split = source.removeprefix(_HUB_PREFIX).partition(":")
-    return list(load_dataset(name, split=split or "train"))
+    try:
+        return list(load_dataset(name, split=split or "train"))
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UsageError("no such data set", where=source, expected="hf:NAME[:SPLIT]", got=error) from error

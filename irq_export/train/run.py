@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -307,7 +308,9 @@ def _model(config: TrainConfig, run: RunDir, *, verify: bool) -> PeftModel:
         target_modules=list(config.targets or LINEARS),
         irq_iec=config.iec,
     )
-    adapted = get_peft_model(model, adapter)
+    with warnings.catch_warnings():  # PEFT 0.21 reads an attribute that transformers 5.18 renamed
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        adapted = get_peft_model(model, adapter)
     if config.fsdp:
         make_shardable(adapted)
     return adapted

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,12 @@ def curve(output: Path) -> list[tuple[int, float, float]]:
 
 @pytest.fixture(scope="module")
 def finished(source: Path) -> Path:
-    """A run of ten steps in two epochs, never interrupted."""
+    """A run of ten steps in two epochs, never interrupted, and nothing deprecated on the way."""
     output = source / "finished"
-    report = invoke(*arguments(source, output, "--epochs", "2", "--save-every", "3", "--dropout", "0.1"))[
-        "train"
-    ]
+    command = arguments(source, output, "--epochs", "2", "--save-every", "3", "--dropout", "0.1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        report = invoke(*command)["train"]
     assert (report["steps"], report["output"]) == (10, str(output))
     assert report["betas"] > 0
     return output
