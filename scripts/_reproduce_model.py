@@ -233,7 +233,7 @@ class Arms:
                 return y
             a, b = folded[kind]
             low = torch.bmm(x, a[layer].mT)
-            return torch.baddbmm(y, low, b[layer].mT, alpha=self.adapters.scaling)  # type: ignore[union-attr]
+            return y.baddbmm_(low, b[layer].mT, alpha=self.adapters.scaling)  # type: ignore[union-attr]
 
         def heads(y: Tensor, count: int) -> Tensor:  # (arms, B * L, count * dim) -> (arms * B, count, L, dim)
             return y.reshape(self.arms * batch, length, count, s.head_dim).transpose(1, 2)

@@ -25,6 +25,18 @@ PAPER: dict[tuple[str, str], float] = {
     ("nf2", "QLoRA"): 26.2,
     ("nf2", "IR-QLoRA"): 27.8,
 }
+#: What each part of the method is worth: arms that differ in it alone.
+QUESTIONS: tuple[tuple[str, str, str], ...] = (
+    ("ICQ", "+ ICQ", "QLoRA"),
+    ("IEC", "IR-QLoRA", "+ ICQ"),
+    ("ICQ and IEC", "IR-QLoRA", "QLoRA"),
+    ("refit", "QLoRA + refit", "QLoRA"),
+    ("ICQ and IEC, all refitted", "IR-QLoRA + refit", "QLoRA + refit"),
+    ("calibrated refit for refit", "QLoRA, calibrated refit", "QLoRA + refit"),
+    ("calibrated refit", "QLoRA, calibrated refit", "QLoRA"),
+    ("IEC, calibrated", "IEC, calibrated refit", "QLoRA, calibrated refit"),
+    ("16 bits", "LoRA, 16 bits", "QLoRA"),
+)
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq", "hellaswag")
 #: Groups of consecutive windows of wikitext-2, over which intervals are taken.
 GROUPS = 64
@@ -165,6 +177,28 @@ def _after(rows: list[Row], model: str, codebook: str) -> list[str]:
     return _markdown(titles, lines)
 
 
+def _effects(rows: list[Row], model: str) -> list[str]:
+    """What every part is worth after fine-tuning, seed by seed: in held-out loss and in ln(perplexity)."""
+    after = _select(rows, model=model, stage="after")
+    books = [book for book in ("nf4", "nf3", "nf2", "int4") if _select(after, codebook=book)]
+    lines = []
+    for name, arm, other in QUESTIONS:
+        cells = []
+        for book in books:
+            of = {
+                (row["arm"], row["seed"]): row for row in after if row["codebook"] in (book, "none")
+            }  # unquantised arms are of every codebook
+            seeds = [seed for a, seed in of if a == arm and (other, seed) in of]
+            pairs = [(of[arm, seed], of[other, seed]) for seed in seeds]
+            loss = np.array([row["loss"] - base["loss"] for row, base in pairs])
+            nats = np.array([math.log(row["wikitext"] / base["wikitext"]) for row, base in pairs])
+            cells += [_interval(loss, 4), _interval(nats, 4)]
+        if any(cells):
+            lines.append([name, f"{arm} − {other}", *cells])
+    titles = [f"{book} {what}" for book in books for what in ("loss", "ln(perplexity)")]
+    return _markdown(["part", "arms", *titles], lines)
+
+
 def _choices(rows: list[Row], model: str, codebook: str) -> list[str]:
     """Multiple choice of the unquantised base, the bases before, and the arms after fine-tuning."""
     before = _select(rows, model=model, stage="before", codebook="none")
@@ -172,7 +206,7 @@ def _choices(rows: list[Row], model: str, codebook: str) -> list[str]:
     after = _select(rows, model=model, stage="after", codebook=codebook)
     tasks = [task for task in TASKS if before and task in before[0]]
     lines = []
-    for stage, part in (("before", before), ("after", after)):
+    for stage, part in (("before", before), ("after", [row for row in after if tasks[0] in row])):
         for arm in dict.fromkeys(row["arm"] for row in part):
             of_arm = [row for row in part if row["arm"] == arm]
             means = [100 * float(np.mean([row[task] for row in of_arm])) for task in tasks]
@@ -187,13 +221,15 @@ def tables(rows: list[Row]) -> str:
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = _select(rows, model=model)
         out += [f"## {model}: before fine-tuning", "", *_before(rows, model), ""]
+        if _select(of_model, stage="after"):
+            out += [f"## {model}: what each part is worth after fine-tuning", "", *_effects(rows, model), ""]
         for codebook in ("nf4", "nf3", "nf2", "int4"):
             after = [row for row in of_model if row["stage"] == "after" and row["codebook"] == codebook]
             if not after:
                 continue
             out += [f"## {model}: {codebook}, after {after[0]['steps']} steps", ""]
             out += [*_after(rows, model, codebook), ""]
-            if TASKS[0] in after[0]:
+            if any(TASKS[0] in row for row in after):
                 out += [
                     f"### {model}: {codebook}, multiple choice, %",
                     "",

@@ -93,6 +93,7 @@ def train_base(
     *,
     batch: int,
     passes: int,
+    most: int | None,
     rate: float,
     seconds: float,
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -104,6 +105,7 @@ def train_base(
         books: Windows of one length.
         batch: Windows a step.
         passes: Times every window is read.
+        most: Bound on the steps, if any.
         rate: Peak learning rate.
         seconds: Bound on the time: the schedule is shortened to fit, from the speed of the first steps.
 
@@ -119,7 +121,7 @@ def train_base(
     order = torch.cat(
         [torch.from_numpy(np.random.default_rng(i).permutation(len(books))) for i in range(passes)]
     )
-    steps, warmup = len(order) // batch, 20
+    steps, warmup = min(len(order) // batch, most or len(order)), 20
     at = torch.arange(batch * windows.shape[1], device=device).view(batch, -1)[:, :-1].reshape(1, -1)
     losses: list[Tensor] = []
     start = time.perf_counter()

@@ -58,6 +58,7 @@ ARMS: dict[str, tuple[str, bool, bool]] = {
     "QLoRA, calibrated refit": ("calibrated refit", False, False),
     "QLoRA, calibrated": ("calibrated", False, False),
     "IEC, calibrated": ("calibrated", True, True),
+    "IEC, calibrated refit": ("calibrated refit", True, True),  # what `irq-export train` does by default
 }
 KEY = ("model", "stage", "codebook", "arm", "seed", "steps", "data")
 
@@ -152,17 +153,20 @@ def prepare_command(data: Path, model: Path, output: Path, books: int) -> None:
 )
 @click.option("--batch", default=32, show_default=True)
 @click.option("--passes", default=2, show_default=True)
+@click.option("--steps", type=int, help="Stop after so many; what --passes and --seconds allow by default.")
 @click.option("--rate", default=2e-4, show_default=True)
 @click.option("--seconds", default=90.0, show_default=True)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def base_command(
-    model: Path, data: Path, output: Path, config: Path | None, batch: int, passes: int, rate: float,
-    seconds: float, device: str,
+    model: Path, data: Path, output: Path, config: Path | None, batch: int, passes: int, steps: int | None,
+    rate: float, seconds: float, device: str,
 ) -> None:  # fmt: skip
     """Train all weights on books, so that they lie on no grid."""
     shape, base = read_base(model, config or model / "config.json", device)
     books: Any = load(data)["books"]
-    trained, facts = train_base(shape, base, books, batch=batch, passes=passes, rate=rate, seconds=seconds)
+    trained, facts = train_base(
+        shape, base, books, batch=batch, passes=passes, most=steps, rate=rate, seconds=seconds
+    )
     write_base(output, trained)
     output.with_suffix(".json").write_text(json.dumps(facts), "utf-8")
     click.echo(json.dumps(facts))
@@ -191,9 +195,13 @@ def time_command(config: Path, length: int, steps: int, rank: int, device: str) 
 @click.option("--name", default="SmolLM2-135M", show_default=True, help="Of the model, in the rows.")
 @click.option("--codebook", multiple=True, default=("nf4", "nf2", "nf3"), show_default=True)
 @click.option("--arm", "arm_names", multiple=True, default=tuple(ARMS), help="Arms to train; all by default.")
+@click.option(
+    "--method", "methods", multiple=True, default=tuple(METHODS), help="Bases to measure before; all by default."
+)
 @click.option("--no-arms", is_flag=True, help="Only the bases, before fine-tuning.")
 @click.option("--only-arms", is_flag=True, help="Only the arms.")
 @click.option("--seeds", default=2, show_default=True)
+@click.option("--task-seeds", type=int, help="Multiple choice after so many seeds only; all by default.")
 @click.option(
     "--data", "data_name", default="instruct", show_default=True, type=click.Choice(["instruct", "p3"])
 )
@@ -208,9 +216,9 @@ def time_command(config: Path, length: int, steps: int, rank: int, device: str) 
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 def run_command(
     base_path: Path, data_path: Path, config: Path, rows_path: Path, name: str, codebook: tuple[str, ...],
-    arm_names: tuple[str, ...], no_arms: bool, only_arms: bool, seeds: int, data_name: str, steps: int,
-    rank: int, rate: float, at_once: int, windows: int | None, questions: int | None, seconds: float,
-    fuse: bool, device: str,
+    arm_names: tuple[str, ...], methods: tuple[str, ...], no_arms: bool, only_arms: bool, seeds: int,
+    task_seeds: int | None, data_name: str, steps: int, rank: int, rate: float, at_once: int,
+    windows: int | None, questions: int | None, seconds: float, fuse: bool, device: str,
 ) -> None:  # fmt: skip
     """Measure every base before fine-tuning, then train and measure the arms."""
     deadline = time.monotonic() + seconds
@@ -235,7 +243,7 @@ def run_command(
 
     def before(codebook: str) -> None:
         key: dict[str, Any] = {"model": name, "stage": "before", "codebook": codebook, "data": data_name}
-        names = [m for m in (["full"] if codebook == "none" else METHODS) if not rows.has(**key, arm=m)]
+        names = [m for m in (["full"] if codebook == "none" else methods) if not rows.has(**key, arm=m)]
         if not names:
             return
         bases = [quantised(codebook, m) for m in names]
@@ -257,7 +265,8 @@ def run_command(
         if done is None:
             return False
         facts = _adapter_facts(model, adapters, shape)
-        measured = evaluate(model, data, f"{data_name}_held", tasks=tasks)
+        asked = tasks and (task_seeds is None or min(of_seed) < task_seeds)
+        measured = evaluate(model, data, f"{data_name}_held", tasks=asked)
         curve = rate_losses(done["losses"], max(1, steps // 20)).round(4)
         step_ms = round(float(1000 * done["seconds"][0] / max(1, steps - 10) / len(jobs)), 3)
         for i, (codebook, arm, seed) in enumerate(jobs):
@@ -279,7 +288,7 @@ def run_command(
     key: dict[str, Any] = {"model": name, "stage": "after", "steps": steps, "data": data_name}
     wanted = [
         (book, arm, seed)
-        for book, seed, arm in product(("none", *codebook), range(seeds), [] if no_arms else arm_names)
+        for seed, book, arm in product(range(seeds), ("none", *codebook), [] if no_arms else arm_names)
         if (ARMS[arm][0] == "full") == (book == "none")
         and not rows.has(**key, codebook=book, arm=arm, seed=seed)
     ]
