@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CALIBRATED_CODES",
     "DDP_GRADIENT",
     "FOLD_FLOAT32",
     "FOLD_FLOAT64",
@@ -10,6 +11,7 @@ __all__ = [
     "HALF_ROUNDOFF",
     "HALF_SMALLEST",
     "HEADER_SECONDS",
+    "IMPORTANCE_BFLOAT16",
     "KERNEL_BYTES_NMSE",
     "KERNEL_EXACT_NMSE",
     "KERNEL_FAST_NMSE",
@@ -157,3 +159,13 @@ ONNX_BODY_FLOAT16 = 5e-3
 #: An ONNX model in float16 against torch float32, logits of a tiny model: 2^-11 relative a rounding, squared
 #: and over 3: 8e-8 each; some 30 in a row, a factor 10 of amplification. Measured 1e-6.
 NMSE_FLOAT16_TINY = 2.5e-5
+
+#: Mean squares of a layer's inputs, measured in bf16 on a GPU against float32 on a CPU: sum of the errors,
+#: of the sum. Activations carry a few roundings of 2^-9 a layer, squares twice that: about 1e-2 four layers
+#: deep (measured on a CPU in bf16: 9e-3).
+IMPORTANCE_BFLOAT16 = 3e-2
+
+#: Share of equal codes of a fit to the same importance on two devices: sums in another order differ by 1e-7,
+#: which stores another index for a scale or an offset in about one block of 1e-7 * 2^8 / 2^-9 = 1e-2 at most;
+#: there a step of 2^-7 of the scale moves few of the codes.
+CALIBRATED_CODES = 0.999
