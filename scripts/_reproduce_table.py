@@ -144,8 +144,10 @@ def _after(rows: list[Row], model: str, codebook: str) -> list[str]:
         "perplexity",
         "ln(perplexity / QLoRA)",
         "windows",
+        "books",
+        "ln(books / QLoRA)",
+        "paper, MMLU",
     ]
-    titles += ["paper, MMLU"]
     lines = []
     for arm in dict.fromkeys(row["arm"] for row in [*sixteen, *chosen]):
         of_arm = [row for row in [*sixteen, *chosen] if row["arm"] == arm]
@@ -171,6 +173,8 @@ def _after(rows: list[Row], model: str, codebook: str) -> list[str]:
                 f"{np.mean([row['wikitext'] for row in of_arm]):.2f}",
                 _interval(paired(lambda row: math.log(row["wikitext"])), 4),
                 windows,
+                _perplexity(float(np.mean([row["books"] for row in of_arm]))),
+                _interval(paired(lambda row: math.log(row["books"])), 4),
                 gain,
             ]
         )
@@ -178,7 +182,7 @@ def _after(rows: list[Row], model: str, codebook: str) -> list[str]:
 
 
 def _effects(rows: list[Row], model: str) -> list[str]:
-    """What every part is worth after fine-tuning, seed by seed: in held-out loss and in ln(perplexity)."""
+    """What each part is worth after fine-tuning, seed by seed: held-out loss, ln(perplexity) of two texts."""
     after = _select(rows, model=model, stage="after")
     books = [book for book in ("nf4", "nf3", "nf2", "int4") if _select(after, codebook=book)]
     lines = []
@@ -190,12 +194,13 @@ def _effects(rows: list[Row], model: str) -> list[str]:
             }  # unquantised arms are of every codebook
             seeds = [seed for a, seed in of if a == arm and (other, seed) in of]
             pairs = [(of[arm, seed], of[other, seed]) for seed in seeds]
-            loss = np.array([row["loss"] - base["loss"] for row, base in pairs])
-            nats = np.array([math.log(row["wikitext"] / base["wikitext"]) for row, base in pairs])
-            cells += [_interval(loss, 4), _interval(nats, 4)]
+            cells.append(_interval(np.array([row["loss"] - base["loss"] for row, base in pairs]), 4))
+            for text in ("wikitext", "books"):
+                nats = np.array([math.log(row[text] / base[text]) for row, base in pairs])
+                cells.append(_interval(nats, 4))
         if any(cells):
             lines.append([name, f"{arm} − {other}", *cells])
-    titles = [f"{book} {what}" for book in books for what in ("loss", "ln(perplexity)")]
+    titles = [f"{book} {what}" for book in books for what in ("loss", "ln(wikitext)", "ln(books)")]
     return _markdown(["part", "arms", *titles], lines)
 
 
@@ -203,7 +208,8 @@ def _choices(rows: list[Row], model: str, codebook: str) -> list[str]:
     """Multiple choice of the unquantised base, the bases before, and the arms after fine-tuning."""
     before = _select(rows, model=model, stage="before", codebook="none")
     before += _select(rows, model=model, stage="before", codebook=codebook)
-    after = _select(rows, model=model, stage="after", codebook=codebook)
+    after = _select(rows, model=model, stage="after", codebook="none")
+    after += _select(rows, model=model, stage="after", codebook=codebook)
     tasks = [task for task in TASKS if before and task in before[0]]
     lines = []
     for stage, part in (("before", before), ("after", [row for row in after if tasks[0] in row])):

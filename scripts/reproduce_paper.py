@@ -6,7 +6,8 @@ SmolLM2-135M (a GPU; `get_smollm2.py` fetches it) and for the demo model (second
     python scripts/reproduce_paper.py prepare ../shared/data irq_export/demo_model build/paper/demo.npz
     python scripts/reproduce_paper.py prepare ../shared/data ../smollm2/hf build/paper/smol.npz --books 8000
     python scripts/reproduce_paper.py base ../smollm2/hf build/paper/smol.npz build/paper/base.safetensors
-    python scripts/reproduce_paper.py run build/paper/base.safetensors build/paper/smol.npz
+    python scripts/reproduce_paper.py run build/paper/base.safetensors build/paper/smol.npz \\
+        --config ../smollm2/hf/config.json
     python scripts/reproduce_paper.py table build/paper/rows.jsonl
 
 Every arm of a seed reads the same examples in the same order and starts from the same A; differences between
@@ -196,7 +197,11 @@ def time_command(config: Path, length: int, steps: int, rank: int, device: str) 
 @click.option("--codebook", multiple=True, default=("nf4", "nf2", "nf3"), show_default=True)
 @click.option("--arm", "arm_names", multiple=True, default=tuple(ARMS), help="Arms to train; all by default.")
 @click.option(
-    "--method", "methods", multiple=True, default=tuple(METHODS), help="Bases to measure before; all by default."
+    "--method",
+    "methods",
+    multiple=True,
+    default=tuple(METHODS),
+    help="Bases to measure before; all by default.",
 )
 @click.option("--no-arms", is_flag=True, help="Only the bases, before fine-tuning.")
 @click.option("--only-arms", is_flag=True, help="Only the arms.")
