@@ -9,6 +9,7 @@ from tolerance import LINEAR_BFLOAT16, LINEAR_FLOAT32
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from irq_export.block_iec import block_iec_linear
 from irq_export.block_linear import block_linear
 from irq_export.block_modules import IrqLinear
 from irq_export.iec import IecLinear
@@ -68,8 +69,10 @@ def test_gradcheck(shape: tuple[int, ...], bias: bool) -> None:
     rows = OUT if bias else 0
     make = lambda *s: torch.randn(*s, dtype=torch.float64, requires_grad=True)  # noqa: E731
     x, a, b, c = make(*shape), make(RANK, IN), make(OUT, RANK), make(rows) if bias else None
-    assert torch.autograd.gradcheck(lambda x, a, b, c: block_linear(x, parts, c, a, b), (x, a, b, c))
-    assert torch.autograd.gradcheck(lambda x: block_linear(x, parts), (x,))
+    assert torch.autograd.gradcheck(lambda x, c: block_linear(x, parts, c), (x, c))
+    branch = (a, b, make(1), make(1))
+    iec = lambda x, c, *branch: block_iec_linear(x, parts, c, *branch, 0.3, x.dtype)  # noqa: E731
+    assert torch.autograd.gradcheck(iec, (x, c, *branch))
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -12,10 +12,10 @@ from tiny_checkpoints import random_block_tensor
 from tolerance import LINEAR_BFLOAT16, LINEAR_FLOAT32, SUM_ORDER_FLOAT32, SUM_ORDER_FLOAT64
 
 from irq_export import kernels
+from irq_export.block_iec import block_iec_linear
 from irq_export.block_linear import _decode as decode
-from irq_export.block_linear import block_linear
 from irq_export.block_modules import IrqLinear
-from irq_export.elastic import elastic_weight
+from irq_export.elastic import Elastic, elastic_gradients, elastic_weight, elastic_weights
 from irq_export.icq import quantize_tensor
 from irq_export.icq_search import SearchConfig, _book, _refit, _search
 from irq_formats.blocks import BlockSpec, BlockTensor
@@ -133,16 +133,18 @@ def test_linear_and_its_gradients(dtype: torch.dtype) -> None:
     module.load_block(random_block_tensor(spec, (192, 256)))
     module.to(CUDA)
     torch.manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, device=CUDA).to(dtype).requires_grad_()  # noqa: E731
-    x, a, b = make(3, 5, 256), make(16, 256), make(192, 16)
-    y = block_linear(x, module.parts(), None, a, b)
-    target = torch.randn_like(y)
+    make = lambda *shape: torch.rand(*shape, device=CUDA).to(dtype).requires_grad_()  # noqa: E731
+    inputs = make(3, 5, 256), make(16, 256), make(192, 16), make(1), make(1)
+    y = block_iec_linear(inputs[0], module.parts(), None, *inputs[1:], 0.3, dtype)
+    target = torch.rand_like(y)  # nothing cancels in the gradient of a beta
     y.backward(target)
-    wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    exact = wide[0] @ module.dequantize().double().T + wide[0] @ wide[1].T @ wide[2].T
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    x, a, b, beta1, beta2 = wide
+    hidden = x @ elastic_weight(a, beta1).T
+    exact = x @ module.dequantize().double().T + hidden @ elastic_weight(b, beta2, scaling=0.3).T
     exact.backward(target.double())
     limit = LINEAR_BFLOAT16 if dtype == torch.bfloat16 else LINEAR_FLOAT32
-    for found, want in ((y, exact), *((t.grad, w.grad) for t, w in zip((x, a, b), wide, strict=True))):
+    for found, want in ((y, exact), *((t.grad, w.grad) for t, w in zip(inputs, wide, strict=True))):
         assert (found.double() - want).norm() <= limit * want.norm()
 
 
@@ -175,6 +177,22 @@ def test_elastic_weight_equals_torch(shape: tuple[int, int], dtype: torch.dtype)
     assert torch.equal(grad_weight, expected[1])
     magnitudes = target.float().abs().sum() * gcd(*shape) / shape[1]
     assert (grad_beta - expected[2]).abs() <= SUM_ORDER_FLOAT32 * magnitudes
+
+
+def test_elastic_weights_share_a_launch() -> None:
+    """A and B at once are what each is alone."""
+    matrices = [
+        Elastic(torch.randn(shape, device=CUDA), torch.tensor([0.7], device=CUDA), scaling)
+        for shape, scaling in (((64, 576), 1.0), ((1536, 64), 0.25))
+    ]
+    alone = [elastic_weights([matrix], torch.bfloat16)[0] for matrix in matrices]
+    assert all(map(torch.equal, elastic_weights(matrices, torch.bfloat16), alone))
+    scalings = [matrix.scaling for matrix in matrices]
+    found = elastic_gradients(alone, scalings, torch.float32)
+    for ours, grad, scaling in zip(found, alone, scalings, strict=True):
+        (expected,) = elastic_gradients([grad], [scaling], torch.float32)
+        assert torch.equal(ours[0], expected[0])
+        assert (ours[1] - expected[1]).abs() <= SUM_ORDER_FLOAT32 * grad.float().abs().sum()
 
 
 @pytest.mark.parametrize("codebook", ["nf4", "nf3", "nf2", "int4", "int3", "int2"])

@@ -18,7 +18,7 @@ from tiny_checkpoints import random_block_tensor
 from irq_export.block_linear import _decode
 from irq_export.block_modules import IrqLinear
 from irq_export.icq_search import SearchConfig, search_blocks
-from irq_export.elastic import elastic_weight
+from irq_export.elastic import Elastic, elastic_gradients, elastic_weights
 from irq_export.kernels import decode, elastic, icq
 from irq_formats.blocks import BlockSpec
 
@@ -37,11 +37,18 @@ for codebook in ("nf4", "nf3", "nf2", "int4", "int3", "int2"):
             module.load_block(random_block_tensor(spec, (37, 192)))
             parts = module.parts()
             assert torch.equal(decode.decode(parts, torch.float32), _decode(parts, torch.float32)), spec
-for shape in ((12, 128), (5, 7), (64, 8)):
-    weight, beta = torch.randn(shape), torch.tensor([0.7])
-    value = math.gcd(*shape) / shape[1]
-    found = elastic.elastic_weight(weight, beta, value, 0.3, torch.float32)
-    assert torch.equal(found, elastic_weight(weight, beta, scaling=0.3)), shape
+make = lambda shape, scaling: Elastic(torch.randn(shape), torch.tensor([0.7]), scaling)
+for shapes in (((12, 128), (5, 7)), ((64, 8), (2048, 3)), ((6, 6),)):
+    matrices = [make(shape, 0.3 + i) for i, shape in enumerate(shapes)]
+    values = [math.gcd(*shape) / shape[1] for shape in shapes]
+    found = elastic.elastic_weights(matrices, values, torch.float32)
+    assert all(map(torch.equal, found, elastic_weights(matrices, torch.float32))), shapes
+    grads, scalings = [torch.randn(shape) for shape in shapes], [matrix.scaling for matrix in matrices]
+    values = [value * scaling for value, scaling in zip(values, scalings)]
+    found = elastic.elastic_gradients(grads, scalings, values, torch.float32)
+    for ours, expected, grad in zip(found, elastic_gradients(grads, scalings, torch.float32), grads):
+        assert torch.equal(ours[0], expected[0]), shapes
+        assert (ours[1] - expected[1]).abs() <= 1e-6 * grad.abs().sum(), shapes
 """
 
 

@@ -5,8 +5,8 @@
 //   gemv, gemm   any range of rows: threads split the rows, nothing is shared but read-only memory
 //
 // Two modes. `exact`: float32 weights by table look-up, float32 sums. `fast`: integer sums inside a block,
-// float32 across blocks, of inputs in 12 bits and 16-bit tables, or (avx512) of inputs in two times 8 bits, gemm
-// in one, and 8-bit tables; float carriers (f32, f16, bf16) are exact in both. No function here allocates, except the constructor of Activations.
+// float32 across blocks, of inputs in 12 bits and 16-bit tables, or (avx512) of inputs in 8 bits and 8-bit tables; float
+// carriers (f32, f16, bf16) are exact in both. No function here allocates, except the constructor of Activations.
 // Pointers need only their element's alignment. Arrays are dense and row-major.
 #pragma once
 
@@ -59,16 +59,17 @@ inline constexpr std::size_t group_size = 32;  // the smaller block: inputs have
 inline constexpr std::size_t span_size = 64;   // the larger block: a sum and one integer scale for each
 inline constexpr std::size_t row_tile = 32;    // row ranges for threads are best cut at multiples of this
 
-// One input vector. The last four are null in exact mode. Sets of instructions that multiply words read a scale
-// for each span and `codes`; those that multiply bytes a scale for each group, `bytes` and `start`.
+// One input vector. From `scale` on null in exact mode. Sets of instructions that multiply words read `codes`;
+// those that multiply bytes read `bytes` and both starts.
 struct TokenInput {
     float *x;             // (stride,)
     float *sum;           // (stride / 32,): of x
     float *span_sum;      // (stride / 64,): of x
-    float *scale;         // (stride / 64,): x is about scale * code; or (stride / 32,)
-    std::int32_t *start;  // (stride / 32,): -128 times the sum of the high codes
+    float *scale;         // (stride / 64,): x is about scale * code
+    std::int32_t *group_start;  // (stride / 32,): -128 times the sum of the bytes
+    std::int32_t *start;        // (stride / 4,): the same
     std::int16_t *codes;  // (stride,), -2047 to 2047
-    std::int8_t *bytes;   // (stride / 64, 2, 64), high and low: x is about scale * (high + low / 256); memory of codes
+    std::int8_t *bytes;   // (stride,), -127 to 127; in the memory of codes
 };
 
 // Input vectors ready for products. Rows are padded with zeros to a multiple of 64 columns; the columns of

@@ -1,6 +1,8 @@
 // Fast mode on AVX-512 VNNI: vpdpbusd multiplies unsigned 8-bit codes of weights by signed 8-bit codes of inputs
-// and adds four. Inputs are scale * (high + low / 256), a scale for every 32 columns: the second product of the
-// same unpacked weights takes the rounding of the inputs away.
+// and adds four. Inputs have a scale for every 64 columns.
+//
+// Inside a block everything is integer, and each sum starts at -128 * (its inputs): what comes out belongs to signed codes, so the rounding of an input meets a level and not its distance from the lowest one. Their
+// residual offset is 0 for the integer codebooks and a thousandth for the others, small enough to join tau.
 #pragma once
 
 #include "avx512_ops.h"
@@ -12,81 +14,92 @@ namespace {
 inline void prepare_bytes(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
     std::memcpy(out.x, x, columns * sizeof(float));
     for (std::size_t i = columns; i < stride; ++i) out.x[i] = 0.0f;
-    for (std::size_t g = 0; g < stride / group_size; ++g) {
-        const __m512 v[2] = {_mm512_loadu_ps(out.x + g * group_size), _mm512_loadu_ps(out.x + g * group_size + 16)};
-        out.sum[g] = _mm512_reduce_add_ps(_mm512_add_ps(v[0], v[1]));
-        if (g % 2 == 1) out.span_sum[g / 2] = out.sum[g - 1] + out.sum[g];
+    for (std::size_t s = 0; s < stride / span_size; ++s) {
+        __m512 v[4];
+        for (std::size_t i = 0; i < 4; ++i) v[i] = _mm512_loadu_ps(out.x + s * span_size + 16 * i);
+        out.sum[2 * s] = _mm512_reduce_add_ps(_mm512_add_ps(v[0], v[1]));
+        out.sum[2 * s + 1] = _mm512_reduce_add_ps(_mm512_add_ps(v[2], v[3]));
+        out.span_sum[s] = out.sum[2 * s] + out.sum[2 * s + 1];
         if (out.codes == nullptr) continue;
-        if (!std::isfinite(out.sum[g])) {
-            mark_group_not_finite(out, g);
+        if (!std::isfinite(out.span_sum[s])) {
+            mark_not_finite(out, out.bytes, s);
             continue;
         }
-        const float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1])));
-        const __m512 rate = _mm512_set1_ps(code_rate(top, largest_high_code));
-        __m512i total = _mm512_setzero_si512();
-        for (std::size_t i = 0; i < 2; ++i) {
-            const __m512 value = _mm512_mul_ps(v[i], rate);
-            const __m512i high = _mm512_cvtps_epi32(value);
-            const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(value, _mm512_cvtepi32_ps(high)), _mm512_set1_ps(low_terms));
-            const __m512i low = _mm512_cvtps_epi32(rest);
-            auto *codes = reinterpret_cast<__m128i *>(high_codes(out, g) + 16 * i);
-            _mm_storeu_si128(codes, _mm512_cvtepi32_epi8(high));
-            _mm_storeu_si128(codes + span_size / 16, _mm512_cvtsepi32_epi8(low));  // 128 becomes 127
-            total = _mm512_add_epi32(total, high);
+        const __m512 lower = _mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1]));
+        const __m512 upper = _mm512_max_ps(_mm512_abs_ps(v[2]), _mm512_abs_ps(v[3]));
+        const float top = _mm512_reduce_max_ps(_mm512_max_ps(lower, upper));
+        const __m512 rate = _mm512_set1_ps(code_rate(top, largest_byte));
+        for (std::size_t i = 0; i < 4; ++i) {
+            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], rate));
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(out.bytes + s * span_size + 16 * i), _mm512_cvtepi32_epi8(code));
         }
-        out.scale[g] = top / largest_high_code;
-        out.start[g] = -byte_bias * _mm512_reduce_add_epi32(total);
+        out.scale[s] = top / largest_byte;
+        const __m512i bytes = _mm512_loadu_si512(out.bytes + s * span_size);
+        const __m512i offset = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(-128), bytes);  // 128 unsigned
+        const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), offset);
+        _mm512_storeu_si512(out.start + s * (span_size / 4), start);
+        out.group_start[2 * s] = _mm512_mask_reduce_add_epi32(0x00ff, start);
+        out.group_start[2 * s + 1] = _mm512_mask_reduce_add_epi32(0xff00, start);
     }
 }
 
-// Columns go 64 at a time: one block or two. What the offset of the codes adds joins tau.
+// What of the offset of a table's codes is not taken off in integers.
+inline float residual_offset(const ByteTable &table) { return table.offset + table.step * static_cast<float>(table.bias); }
+
+// Columns go 64 at a time: one block or two.
 template <class S, class L>
 class ByteDot {
   public:
-    explicit ByteDot(const Matrix &w) : codes_(S::template codes<L>(byte_table_of(w))) {
-        step_ = _mm512_set1_ps(byte_table_of(w).step / low_terms);
-        offset_ = _mm512_set1_ps(byte_table_of(w).offset);
-    }
+    ByteDot(const Matrix &w, const TokenInput &x, std::size_t column, std::size_t n, std::size_t ahead)
+        : n_(n), ahead_(ahead), in_(x.bytes + column), start_(x.start + column / 4),
+          in_scale_(x.scale + column / span_size), sum_(block_sums<L>(x) + column / L::block),
+          codes_(S::template codes<L>(byte_table_of(w), byte_bias - byte_table_of(w).bias)),
+          step_(_mm512_set1_ps(byte_table_of(w).step)), offset_(_mm512_set1_ps(residual_offset(byte_table_of(w)))) {}
 
-    void operator()(const Tile &rows, const TokenInput &x, std::size_t column, __m512 total[together]) const {
-        add_all_offsets(rows, block_sums<L>(x) + column / L::block, total);
-        const float *in_scale = x.scale + column / group_size;
-        const std::int8_t *in = x.bytes + 2 * column;
-        for_each_block<L, per_step>(rows, [&](std::size_t b) {
-            const Input now = input(in + 2 * L::block * b, in_scale + b * L::block / group_size);
-            for (std::size_t r = 0; r < together; ++r) {
-                const __m512 part = product(rows.codes[r] + b * L::stride, now);
-                total[r] = _mm512_fmadd_ps(part, scale_of(rows.scale[r] + b), total[r]);
+    void operator()(const RowPair &rows, __m512 total[2]) const {
+        alignas(64) float both[2][max_blocks + slack];  // scales of weights and inputs, multiplied
+        for (std::size_t b = 0; b < n_; b += S::width) {
+            const __m512 in_scale = input_scales(in_scale_ + b / per_step);
+            for (std::size_t r = 0; r < 2; ++r) {
+                const __m512 scale = S::load(rows.scale[r] + b);
+                const __m512 offset = _mm512_fmadd_ps(scale, offset_, L::adds_tau ? S::load(rows.tau[r] + b) : S::zero());
+                total[r] = S::add_product(offset, sum_ + b, n_ - b, total[r]);
+                S::store(both[r] + b, _mm512_mul_ps(scale, in_scale));
             }
-        });
-        if (rows.blocks % per_step == 0) return;
-        const std::size_t b = rows.blocks - 1;
-        const Input now = input(in + 2 * L::block * b, in_scale + b * L::block / group_size);
-        for (std::size_t r = 0; r < together; ++r) {
+        }
+        __m512 sums[2] = {S::zero(), S::zero()};
+        std::size_t b = 0;
+#pragma GCC unroll 2
+        for (; b + per_step <= n_; b += per_step) {
+            prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 2 * per_step * L::stride);
+            const __m512i in = _mm512_loadu_si512(in_ + b * L::block), start = _mm512_loadu_si512(start_ + b * (L::block / 4));
+            for (std::size_t r = 0; r < 2; ++r) {
+                const __m512 part = product(rows.codes[r] + b * L::stride, in, start);
+                sums[r] = _mm512_fmadd_ps(part, scale_of(both[r] + b), sums[r]);
+            }
+        }
+        for (std::size_t r = 0; b < n_ && r < 2; ++r) {
             std::uint8_t last[2 * L::stride] = {};  // a block of zeros behind the last one
             std::memcpy(last, rows.codes[r] + b * L::stride, L::stride - L::lead);
-            const __m512 part = product(last, now), scale = _mm512_set1_ps(rows.scale[r][b]);
-            total[r] = _mm512_mask3_fmadd_ps(part, scale, total[r], 0x00ff);
+            const __m512i in = _mm512_loadu_si512(in_ + b * L::block);
+            const __m512 part = product(last, in, _mm512_loadu_si512(start_ + b * (L::block / 4)));
+            sums[r] = _mm512_mask3_fmadd_ps(part, _mm512_set1_ps(both[r][b]), sums[r], 0x00ff);
         }
+        for (std::size_t r = 0; r < 2; ++r) total[r] = _mm512_fmadd_ps(sums[r], step_, total[r]);
     }
 
   private:
     static constexpr std::size_t per_step = span_size / L::block;
 
-    struct Input {
-        __m512i high, low;
-        __m512 scale;
-    };
-
-    Input input(const std::int8_t *bytes, const float *scale) const {
-        return {_mm512_loadu_si512(bytes), _mm512_loadu_si512(bytes + span_size), _mm512_mul_ps(S::halves(scale), step_)};
+    // Of the next 16 blocks; p has one for every 64 columns.
+    static __m512 input_scales(const float *p) {
+        const __m512 spans = S::load(p);
+        if constexpr (per_step == 1) return spans;
+        return _mm512_permutexvar_ps(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), spans);
     }
 
-    __m512 product(const std::uint8_t *p, const Input &in) const {
-        const __m512i weight = S::template unpack<L>(p, codes_);
-        const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weight, in.high);
-        const __m512i both = _mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), weight, in.low);
-        return _mm512_mul_ps(_mm512_cvtepi32_ps(both), in.scale);
+    __m512 product(const std::uint8_t *p, __m512i in, __m512i start) const {
+        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, S::template unpack<L>(p, codes_), in));
     }
 
     static __m512 scale_of(const float *scale) {
@@ -94,16 +107,10 @@ class ByteDot {
         else return S::halves(scale);
     }
 
-    void add_all_offsets(const Tile &rows, const float *sum, __m512 total[together]) const {
-        for (std::size_t b = 0; b < rows.blocks; b += S::width) {
-            for (std::size_t r = 0; r < together; ++r) {
-                __m512 tau = _mm512_mul_ps(S::load(rows.scale[r] + b), offset_);
-                if constexpr (L::adds_tau) tau = _mm512_add_ps(tau, S::load(rows.tau[r] + b));
-                total[r] = S::add_product(tau, sum + b, rows.blocks - b, total[r]);
-            }
-        }
-    }
-
+    std::size_t n_, ahead_;
+    const std::int8_t *in_;
+    const std::int32_t *start_;
+    const float *in_scale_, *sum_;
     typename S::Codes codes_;
     __m512 step_, offset_;
 };

@@ -1,11 +1,6 @@
-// Fast matrix times matrix on AVX-512 VNNI, on the high codes of the inputs alone: panels of 32 rows x 1024 columns
-// are unpacked to 8-bit codes, interleaved so that one register holds 4 columns of 16 rows, which is what
-// vpdpbusd wants when lanes are rows: no sum across lanes, and four inputs of a token are one broadcast. 40 KiB
-// of stack.
-//
-// Inside a group of 32 columns everything is integer, and the sum starts at -128 * (sum of the input's codes):
-// what comes out belongs to signed codes, whose residual offset is 0 for the integer codebooks and a thousandth
-// for the others, small enough to join tau.
+// Fast matrix times matrix on AVX-512 VNNI: panels of 32 rows x 1024 columns are unpacked to 8-bit codes, interleaved so
+// that one register holds 4 columns of 16 rows, which is what vpdpbusd wants when lanes are rows: no sum across lanes,
+// and four inputs of a token are one broadcast. 40 KiB of stack.
 #pragma once
 
 #include "avx512_bytes.h"
@@ -57,7 +52,7 @@ void pack_scales(const Matrix &w, std::size_t row, std::size_t rows, std::size_t
     } else {
         for (std::size_t r = 0; r < rows; ++r) expand<Avx512, L>(w, (row + r) * nb + b0, n, scale + r * n, tau + r * n);
     }
-    const __m512 residual = _mm512_set1_ps(table.offset + table.step * static_cast<float>(table.bias));
+    const __m512 residual = _mm512_set1_ps(residual_offset(table));
     const __m512 step = _mm512_set1_ps(table.step);
     for (std::size_t i = 0; i < rows * n; i += 16) {
         const __m512 s = _mm512_load_ps(scale + i);
@@ -96,9 +91,9 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
     const float *sums[T];
     for (std::size_t t = 0; t < T; ++t) {
         in[t] = x.token(token + t);
-        in[t].start += column / group_size;
-        in[t].scale += column / group_size;
-        in[t].bytes += 2 * column;
+        in[t].group_start += column / group_size;
+        in[t].scale += column / span_size;
+        in[t].bytes += column;
         sums[t] = block_sums<L>(in[t]) + column / L::block;
     }
     __m512 total[R][T];
@@ -108,10 +103,9 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
     for (std::size_t g = 0; g < blocks * per_block; ++g) {
         __m512i products[R][T];
         for (std::size_t t = 0; t < T; ++t) {
-            const __m512i start = _mm512_set1_epi32(in[t].start[g]);
+            const __m512i start = _mm512_set1_epi32(in[t].group_start[g]);
             for (std::size_t r = 0; r < R; ++r) products[r][t] = start;
         }
-        const std::size_t at = g / 2 * (2 * span_size) + g % 2 * group_size;
 #pragma GCC unroll 8
         for (std::size_t k = 0; k < group_size / 4; ++k) {
             __m512i codes[R];
@@ -119,7 +113,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
                 codes[r] = _mm512_load_si512(panel.codes[g * (group_size / 4) + k][16 * r]);
             }
             for (std::size_t t = 0; t < T; ++t) {
-                const __m512i four = _mm512_set1_epi32(load_as<std::int32_t>(in[t].bytes + at + 4 * k));
+                const __m512i four = _mm512_set1_epi32(load_as<std::int32_t>(in[t].bytes + g * group_size + 4 * k));
                 for (std::size_t r = 0; r < R; ++r) {
                     products[r][t] = _mm512_dpbusd_epi32(products[r][t], codes[r], four);
                 }
@@ -129,7 +123,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
         for (std::size_t r = 0; r < R; ++r) {
             const __m512 scale = _mm512_load_ps(&panel.scale[b][16 * r]);
             for (std::size_t t = 0; t < T; ++t) {
-                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in[t].scale[g]));
+                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in[t].scale[g / 2]));
                 total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][t]), both, total[r][t]);
             }
         }

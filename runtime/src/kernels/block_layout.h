@@ -108,23 +108,14 @@ inline float float_at(Format format, const std::uint8_t *row, std::size_t i) {
     }
 }
 
-// Codes of a span, or group, whose sum is not finite: every fast product with it is NaN. A fuzzer found the
-// conversion of NaN to an integer that this avoids (a file may hold NaN weights).
-inline void mark_not_finite(const TokenInput &out, std::size_t span) {
-    std::memset(out.codes + span * span_size, 0, span_size * sizeof *out.codes);
+// For a span whose sum is not finite: every fast product with it is NaN. A fuzzer found the conversion of NaN to an
+// integer that this avoids (a file may hold NaN weights).
+template <class Code>
+void mark_not_finite(const TokenInput &out, Code *codes, std::size_t span) {
+    std::memset(codes + span * span_size, 0, span_size * sizeof *codes);
     out.scale[span] = std::numeric_limits<float>::quiet_NaN();
-}
-
-// Where the codes of a group stand, as bytes: 64 high ones of a span, then its 64 low ones.
-inline std::int8_t *high_codes(const TokenInput &in, std::size_t group) {
-    return in.bytes + group / 2 * (2 * span_size) + group % 2 * group_size;
-}
-
-inline void mark_group_not_finite(const TokenInput &out, std::size_t group) {
-    std::memset(high_codes(out, group), 0, group_size);
-    std::memset(high_codes(out, group) + span_size, 0, group_size);
-    out.scale[group] = std::numeric_limits<float>::quiet_NaN();
-    out.start[group] = 0;
+    std::memset(out.start + span * (span_size / 4), 0, span_size / 4 * sizeof *out.start);
+    out.group_start[2 * span] = out.group_start[2 * span + 1] = 0;
 }
 
 inline void store_to(float *y, float value, Store store) { *y = store == Store::add ? *y + value : value; }

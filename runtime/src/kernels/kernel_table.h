@@ -38,15 +38,14 @@ constexpr int largest_weight_code = 16383, largest_input_code = 2047;
 
 // Bytes: unsigned 8 bits by signed 8 bits. level[q] is offset + step * code[q], exact for the integer
 // codebooks; the others are the least-squares fit under a Gaussian's code frequencies (NMSE of the weights
-// 1.1e-5). An input is scale * (high + low / 256): gemv multiplies both terms, gemm the first alone.
+// 1.1e-5).
 struct ByteTable {
     std::uint8_t code[16];
     std::uint8_t bias;  // about the code of level 0; code - bias + 128 still fits 8 bits
     float step, offset;
 };
 
-constexpr int largest_high_code = 127, byte_bias = 128;
-constexpr float low_terms = 256;
+constexpr int largest_byte = 127, byte_bias = 128;
 
 // Up to here gemm multiplies token by token, as gemv would: decoding costs more than it saves.
 constexpr std::size_t few_tokens = 4;

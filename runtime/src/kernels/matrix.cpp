@@ -162,19 +162,21 @@ Matrix stock_matrix(Format format, std::size_t rows, std::size_t columns, const 
 
 Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode mode)
     : max_tokens_(max_tokens), max_stride_(padded(max_columns, span_size)), mode_(mode) {
-    // x, then for every 32 columns a sum, for every 64 a sum; in fast mode scales and starts; codes.
+    // x, then for every 32 columns a sum, for every 64 a sum; in fast mode scales, starts, codes.
     const std::size_t values = max_tokens * max_stride_;
     const std::size_t groups = padded(values / group_size, 16), spans = padded(values / span_size, 16);
     const bool fast = mode == Mode::fast;
-    const std::size_t bytes = 4 * (values + (fast ? 3 : 1) * groups + spans) + (fast ? 2 * values : 0);
-    memory_ = ::operator new(padded(bytes + alignment, alignment), std::align_val_t{alignment});
+    const std::size_t bytes = 4 * (values + (fast ? 2 : 1) * (groups + spans)) + (fast ? 3 * values : 0);
+    const std::size_t readable = 16 * sizeof(float);  // behind the last: vectors are read whole
+    memory_ = ::operator new(padded(bytes + readable, alignment), std::align_val_t{alignment});
     first_.x = static_cast<float *>(memory_);
     first_.sum = first_.x + values;
     first_.span_sum = first_.sum + groups;
     if (fast) {
         first_.scale = first_.span_sum + spans;
-        first_.start = reinterpret_cast<std::int32_t *>(first_.scale + groups);
-        first_.codes = reinterpret_cast<std::int16_t *>(first_.start + groups);
+        first_.group_start = reinterpret_cast<std::int32_t *>(first_.scale + spans);
+        first_.start = first_.group_start + groups;
+        first_.codes = reinterpret_cast<std::int16_t *>(first_.start + values / 4);
         first_.bytes = reinterpret_cast<std::int8_t *>(first_.codes);
     }
 }
@@ -186,10 +188,11 @@ TokenInput Activations::token(std::size_t t) const {
     in.sum += group;
     in.span_sum += span;
     if (mode_ == Mode::exact) return in;
-    in.scale += group;
-    in.start += group;
+    in.scale += span;
+    in.group_start += group;
+    in.start += value / 4;
     in.codes += value;
-    in.bytes += 2 * value;
+    in.bytes += value;
     return in;
 }
 

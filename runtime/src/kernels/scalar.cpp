@@ -26,7 +26,7 @@ void prepare_words(const float *x, std::size_t columns, std::size_t stride, cons
     if (out.codes == nullptr) return;
     for (std::size_t s = 0; s < stride / span_size; ++s) {
         if (!std::isfinite(out.span_sum[s])) {
-            mark_not_finite(out, s);
+            mark_not_finite(out, out.codes, s);
             continue;
         }
         const float *span = out.x + s * span_size;
@@ -41,23 +41,17 @@ void prepare_words(const float *x, std::size_t columns, std::size_t stride, cons
 void prepare_bytes(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
     copy_and_sum(x, columns, stride, out);
     if (out.codes == nullptr) return;
-    for (std::size_t g = 0; g < stride / group_size; ++g) {
-        if (!std::isfinite(out.sum[g])) {
-            mark_group_not_finite(out, g);
+    for (std::size_t s = 0; s < stride / span_size; ++s) {
+        if (!std::isfinite(out.span_sum[s])) {
+            mark_not_finite(out, out.bytes, s);
             continue;
         }
-        const float *group = out.x + g * group_size;
-        const float largest = largest_of(group, group_size), rate = code_rate(largest, largest_high_code);
-        std::int8_t *high = high_codes(out, g), *low = high + span_size;
-        int total = 0;
-        for (std::size_t i = 0; i < group_size; ++i) {
-            const float value = group[i] * rate, rounded = std::nearbyint(value);
-            high[i] = static_cast<std::int8_t>(rounded);
-            low[i] = static_cast<std::int8_t>(std::fmin(127.0f, std::nearbyint((value - rounded) * low_terms)));
-            total += high[i];
+        const float *span = out.x + s * span_size;
+        const float largest = largest_of(span, span_size), rate = code_rate(largest, largest_byte);
+        for (std::size_t i = 0; i < span_size; ++i) {
+            out.bytes[s * span_size + i] = static_cast<std::int8_t>(std::nearbyint(span[i] * rate));
         }
-        out.scale[g] = largest / largest_high_code;
-        out.start[g] = -byte_bias * total;
+        out.scale[s] = largest / largest_byte;
     }
 }
 
@@ -127,33 +121,24 @@ float dot_words(const Matrix &w, std::size_t row, const TokenInput &in) {
     return total;
 }
 
-// What the kernels of bytes compute. gemm: without the low codes, and what the codes of level 0 add is taken
-// off in integers.
-template <class L, bool gemm>
+// What the kernels of bytes compute: with signed codes, level 0 at about 0.
+template <class L>
 float dot_bytes(const Matrix &w, std::size_t row, const TokenInput &in) {
     const ByteTable &table = byte_table_of(w);
     float total = 0.0f;
     for (std::size_t b = 0; b < w.blocks_per_row(); ++b) {
         const std::uint8_t *block = row_data(w, row) + b * L::stride;
-        const std::size_t k = row * w.blocks_per_row() + b;
-        float part = 0.0f;
-        for (std::size_t g = b * L::block / group_size; g < (b + 1) * L::block / group_size; ++g) {
-            const std::int8_t *high = high_codes(in, g), *low = high + span_size;
-            int high_sum = 0, low_sum = 0;
-            for (std::size_t i = 0; i < group_size; ++i) {
-                const unsigned code = code_at<L>(block, g * group_size + i - b * L::block);
-                const int weight = (L::bits == 8 ? static_cast<int>(code ^ 128u) : table.code[code & 15u]) -
-                                   (gemm ? table.bias : 0);
-                high_sum += weight * high[i];
-                low_sum += weight * low[i];
-            }
-            const float sum = gemm ? static_cast<float>(high_sum)
-                                   : static_cast<float>(256 * high_sum + low_sum) / low_terms;
-            part += in.scale[g] * sum;
+        const std::size_t k = row * w.blocks_per_row() + b, column = b * L::block;
+        int part = 0;
+        for (std::size_t j = 0; j < L::block; ++j) {
+            const unsigned code = code_at<L>(block, j);
+            const int weight = L::bits == 8 ? static_cast<int>(code ^ 128u) : table.code[code & 15u];
+            part += (weight - table.bias) * in.bytes[column + j];
         }
         const float scale = block_scale(w, block, k);
-        const float offset = table.offset + (gemm ? table.step * table.bias : 0.0f);
-        total += scale * table.step * part + (block_tau(w, block, k) + scale * offset) * block_sums<L>(in)[b];
+        total += scale * table.step * in.scale[column / span_size] * static_cast<float>(part);
+        const float offset = scale * (table.offset + table.step * static_cast<float>(table.bias));
+        total += (block_tau(w, block, k) + offset) * block_sums<L>(in)[b];
     }
     return total;
 }
@@ -187,11 +172,10 @@ void gemv_words(const Matrix &w, const Activations &x, std::size_t token, std::s
     });
 }
 
-template <bool gemm>
-void bytes_times(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
-                 Store store) {
+void gemv_bytes(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
+                Store store) {
     rows_times(w, x, token, r0, r1, y, store, [&](auto layout, std::size_t row, const TokenInput &in) {
-        return dot_bytes<decltype(layout), gemm>(w, row, in);
+        return dot_bytes<decltype(layout)>(w, row, in);
     });
 }
 
@@ -202,13 +186,12 @@ void gemm_words(const Matrix &w, const Activations &x, std::size_t r0, std::size
 
 void gemm_bytes(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
                 Store store) {
-    const auto times = x.tokens() > few_tokens ? bytes_times<true> : bytes_times<false>;
-    for (std::size_t t = 0; t < x.tokens(); ++t) times(w, x, t, r0, r1, y + t * ldy, store);
+    for (std::size_t t = 0; t < x.tokens(); ++t) gemv_bytes(w, x, t, r0, r1, y + t * ldy, store);
 }
 
 }  // namespace
 
 const KernelTable scalar_kernels = {prepare_words, decode_rows, gemv_words, gemm_words};
-const KernelTable scalar8_kernels = {prepare_bytes, decode_rows, bytes_times<false>, gemm_bytes};
+const KernelTable scalar8_kernels = {prepare_bytes, decode_rows, gemv_bytes, gemm_bytes};
 
 }  // namespace irq

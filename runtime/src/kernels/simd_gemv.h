@@ -2,8 +2,8 @@
 // decoding, matrix times vector. S is a type of internal linkage, so every instantiation is too.
 //
 // A row is  sum_b scale_b * (sum_i level[q_i] x_i) + tau_b * (sum_i x_i):  one multiplication by scale per
-// block, and tau never meets a weight. The scales of many rows are expanded at once into a small buffer
-// (512 values, L1): 8-bit indices stay 8-bit in memory, which is what a memory-bound product wants.
+// block, and tau never meets a weight. 8-bit indices of scales stay 8-bit in memory, which is what a memory-bound
+// product wants; they are expanded into L1 shortly before their rows are read.
 #pragma once
 
 #include "block_layout.h"
@@ -11,9 +11,9 @@
 namespace irq {
 namespace {
 
-constexpr std::size_t max_blocks = 512;  // whose scales are expanded at a time
-constexpr std::size_t slack = 64;        // floats that vector stores may write behind them
-constexpr std::size_t together = 4;      // rows of a gemv that go along the columns together
+constexpr std::size_t max_blocks = 1024;  // of a row that are multiplied in one go
+constexpr std::size_t slack = 64;        // floats that vector stores may write behind expanded scales
+constexpr std::size_t together = 4;      // rows whose sums across lanes are taken at once
 
 constexpr std::size_t larger(std::size_t a, std::size_t b) { return a > b ? a : b; }
 constexpr std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
@@ -39,7 +39,7 @@ void prepare_token(const float *x, std::size_t columns, std::size_t stride, cons
         out.span_sum[s] = out.sum[2 * s] + out.sum[2 * s + 1];
         if (out.codes == nullptr) continue;
         if (!std::isfinite(out.span_sum[s])) {
-            mark_not_finite(out, s);
+            mark_not_finite(out, out.codes, s);
             continue;
         }
         const float top = S::max_of(largest);
@@ -52,10 +52,11 @@ void prepare_token(const float *x, std::size_t columns, std::size_t stride, cons
 }
 
 // Hardware prefetchers stop at page borders, which rows meet every few hundred nanoseconds.
-constexpr std::size_t codes_ahead = 4096;
+constexpr std::size_t codes_ahead = 6144;
 
-// Asks for the cache lines of [address + ahead, ... + bytes); may lie outside of any array.
-inline void prefetch(const void *address, std::size_t ahead, std::size_t bytes) {
+// Asks for the cache lines of [address + ahead, ... + bytes); may lie outside of any array. Inlined by force: GCC takes
+// a function that only prefetches for one without effects and leaves calls of it out.
+[[gnu::always_inline]] inline void prefetch(const void *address, std::size_t ahead, std::size_t bytes) {
     const auto start = reinterpret_cast<std::uintptr_t>(address) + ahead;
     for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void *>(start + i));
 }
@@ -80,7 +81,7 @@ void expand_values(const BlockValues &v, std::size_t k, std::size_t n, float *ou
     }
 }
 
-inline void prefetch_values(const BlockValues &v, std::size_t k, std::size_t n) {
+[[gnu::always_inline]] inline void prefetch_values(const BlockValues &v, std::size_t k, std::size_t n) {
     constexpr std::size_t sizes[] = {0, 4, 2, 1};
     const std::size_t size = sizes[static_cast<int>(v.storage)];
     prefetch(v.values, k * size, n * size);
@@ -166,68 +167,91 @@ void decode_rows(const Matrix &w, std::size_t r0, std::size_t r1, float *weight)
     });
 }
 
-// What the rows of a tile see of their blocks: pointers to the first, and how far ahead of them lies what
-// will be read after `blocks` blocks.
-struct Tile {
-    const std::uint8_t *codes[together];
-    const float *scale[together], *tau[together];
-    std::size_t blocks, ahead;
+// The expanded scales and taus of a stretch of blocks, counted over the matrix. It moves along with the rows and is
+// filled a piece at a time: codes go on arriving from memory while a piece is expanded, which many pieces in a
+// row would stop. Pieces do not cross the groups of dq8.
+template <class S, class L>
+class ScaleWindow {
+  public:
+    explicit ScaleWindow(const Matrix &w) : w_(w), blocks_(w.rows * w.blocks_per_row()) {}
+
+    // Makes blocks [k, k + n) readable, n at most 2 * max_blocks.
+    void reach(std::size_t k, std::size_t n) {
+        if (k + n <= end_) return;
+        if (k < begin_ || k + n > begin_ + capacity) {
+            if (end_ == 0 && L::lead == 0) prefetch_all(k);
+            begin_ = end_ = k / piece * piece;
+        }
+        for (; end_ < k + n; end_ += piece) {
+            const std::size_t at = end_ - begin_;
+            expand<S, L>(w_, end_, smaller(piece, blocks_ - end_), scale_ + at, tau_ + at);
+        }
+    }
+
+    const float *scale(std::size_t k) const { return scale_ + (k - begin_); }
+    const float *tau(std::size_t k) const { return tau_ + (k - begin_); }
+
+  private:
+    // Where scales lie among the codes, expanding reads those: not further than they are asked for.
+    static constexpr std::size_t piece = L::lead == 0 ? IRQ_GROUP_SIZE : 32, capacity = 2 * max_blocks + piece;
+
+    [[gnu::always_inline]] void prefetch_all(std::size_t k) const {
+        prefetch_values(w_.scale, k, 3 * piece);
+        if constexpr (L::adds_tau) prefetch_values(w_.tau, k, 3 * piece);
+    }
+
+    const Matrix &w_;
+    const std::size_t blocks_;
+    std::size_t begin_ = blocks_, end_ = 0;  // nothing
+    alignas(64) float scale_[capacity + piece + slack], tau_[capacity + piece + slack];
 };
 
-// total[r] += sum_b tau[r][b] * sum[b]
-template <class S>
-void add_offsets(const Tile &rows, const float *sum, typename S::Vec total[together]) {
-    for (std::size_t b = 0; b < rows.blocks; b += S::width) {
-        for (std::size_t r = 0; r < together; ++r) {
-            total[r] = S::add_product(S::load(rows.tau[r] + b), sum + b, rows.blocks - b, total[r]);
-        }
-    }
-}
+// The same n blocks of two rows.
+struct RowPair {
+    const std::uint8_t *codes[2];
+    const float *scale[2], *tau[2];
+};
 
-// Calls visit(b) for every `per` blocks from b on, with the cache lines of later ones asked for now and then.
-// Left to the caller: the last blocks, fewer than `per`.
-template <class L, std::size_t per = 1, class Visit>
-void for_each_block(const Tile &rows, Visit &&visit) {
-    constexpr std::size_t some = 8;
-    std::size_t b = 0;
-    for (; b + some <= rows.blocks; b += some) {
-        for (std::size_t r = 0; r < together; ++r) {
-            prefetch(rows.codes[r] + b * L::stride, rows.ahead, some * L::stride);
-        }
-        for (std::size_t i = 0; i < some; i += per) visit(b + i);
-    }
-    if (b == rows.blocks) return;
-    for (std::size_t r = 0; r < together; ++r) {
-        prefetch(rows.codes[r] + b * L::stride, rows.ahead, (rows.blocks - b) * L::stride);
-    }
-    for (; b + per <= rows.blocks; b += per) visit(b);
-}
-
-// What a tile's rows are multiplied by x with: adds to total[r] what the tile's blocks are worth, whose first
-// column is `column`. In float32:
+// What rows are multiplied by: n blocks of x from column `column` on. Called with those of two rows, it adds their
+// products to total, whose lanes are summed at the end. `ahead`: bytes from codes to those to ask memory for; the two
+// rows are taken for one stretch. In float32:
 template <class S, class L>
 class ExactDot {
   public:
     using Vec = typename S::Vec;
 
-    explicit ExactDot(const Matrix &w) : levels_(S::template levels<L>(levels_of(w))) {}
+    ExactDot(const Matrix &w, const TokenInput &x, std::size_t column, std::size_t n, std::size_t ahead)
+        : n_(n), ahead_(ahead), in_(x.x + column), sum_(block_sums<L>(x) + column / L::block),
+          levels_(S::template levels<L>(levels_of(w))) {}
 
-    void operator()(const Tile &rows, const TokenInput &x, std::size_t column, Vec total[together]) const {
+    void operator()(const RowPair &rows, Vec total[2]) const {
         constexpr std::size_t N = L::block / S::width;
-        if constexpr (L::adds_tau) add_offsets<S>(rows, block_sums<L>(x) + column / L::block, total);
-        for_each_block<L>(rows, [&](std::size_t b) {
-            const float *in = x.x + column + b * L::block;
-            for (std::size_t r = 0; r < together; ++r) {
+        Vec sums[2] = {total[0], total[1]};
+        for (std::size_t b = 0; L::adds_tau && b < n_; b += S::width) {
+            for (std::size_t r = 0; r < 2; ++r) {
+                sums[r] = S::add_product(S::load(rows.tau[r] + b), sum_ + b, n_ - b, sums[r]);
+            }
+        }
+#pragma GCC unroll 2
+        for (std::size_t b = 0; b < n_; ++b) {
+            prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 2 * L::stride);
+            Vec in[N];
+            for (std::size_t i = 0; i < N; ++i) in[i] = S::load(in_ + b * L::block + i * S::width);
+            for (std::size_t r = 0; r < 2; ++r) {
                 Vec level[N];
                 S::template decode<L>(rows.codes[r] + b * L::stride, levels_, level);
-                Vec part = S::mul(level[0], S::load(in));
-                for (std::size_t i = 1; i < N; ++i) part = S::fma(level[i], S::load(in + i * S::width), part);
-                total[r] = S::fma(part, S::set1(rows.scale[r][b]), total[r]);
+                Vec part = S::mul(level[0], in[0]);
+                for (std::size_t i = 1; i < N; ++i) part = S::fma(level[i], in[i], part);
+                sums[r] = S::fma(part, S::set1(rows.scale[r][b]), sums[r]);
             }
-        });
+        }
+        total[0] = sums[0];
+        total[1] = sums[1];
     }
 
   private:
+    std::size_t n_, ahead_;
+    const float *in_, *sum_;
     typename S::Levels levels_;
 };
 
@@ -237,76 +261,84 @@ class WordDot {
   public:
     using Vec = typename S::Vec;
 
-    explicit WordDot(const Matrix &w)
-        : table_(S::template codes<L>(code_table_of(w))), step_(code_table_of(w).step) {}
+    WordDot(const Matrix &w, const TokenInput &x, std::size_t column, std::size_t n, std::size_t ahead)
+        : n_(n), ahead_(ahead), in_(x.codes + column), in_scale_(x.scale + column / span_size),
+          sum_(block_sums<L>(x) + column / L::block), table_(S::template codes<L>(code_table_of(w))),
+          step_(code_table_of(w).step) {}
 
-    void operator()(const Tile &rows, const TokenInput &x, std::size_t column, Vec total[together]) const {
+    void operator()(const RowPair &rows, Vec total[2]) const {
         using Words = typename S::Words;
         constexpr std::size_t N = L::block / (2 * S::width);
-        if constexpr (L::adds_tau) add_offsets<S>(rows, block_sums<L>(x) + column / L::block, total);
-        for_each_block<L>(rows, [&](std::size_t b) {
-            const std::size_t at = column + b * L::block;
-            const auto in_scale = S::set1(step_ * x.scale[at / span_size]);
+        Vec sums[2] = {total[0], total[1]};
+        for (std::size_t b = 0; L::adds_tau && b < n_; b += S::width) {
+            for (std::size_t r = 0; r < 2; ++r) {
+                sums[r] = S::add_product(S::load(rows.tau[r] + b), sum_ + b, n_ - b, sums[r]);
+            }
+        }
+        for (std::size_t b = 0; b < n_; ++b) {
+            prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 2 * L::stride);
+            const auto in_scale = S::set1(step_ * in_scale_[b * L::block / span_size]);
             Words in[N];
-            for (std::size_t i = 0; i < N; ++i) in[i] = S::load_words(x.codes + at + 2 * i * S::width);
-            for (std::size_t r = 0; r < together; ++r) {
+            for (std::size_t i = 0; i < N; ++i) in[i] = S::load_words(in_ + b * L::block + 2 * i * S::width);
+            for (std::size_t r = 0; r < 2; ++r) {
                 Words weight[N];
                 S::template unpack<L>(rows.codes[r] + b * L::stride, table_, weight);
                 auto products = S::no_products();
                 for (std::size_t i = 0; i < N; ++i) products = S::add_products(products, weight[i], in[i]);
                 const auto part = S::mul(S::to_float(products), in_scale);
-                total[r] = S::fma(part, S::set1(rows.scale[r][b]), total[r]);
+                sums[r] = S::fma(part, S::set1(rows.scale[r][b]), sums[r]);
             }
-        });
+        }
+        total[0] = sums[0];
+        total[1] = sums[1];
     }
 
   private:
+    std::size_t n_, ahead_;
+    const std::int16_t *in_;
+    const float *in_scale_, *sum_;
     typename S::Codes table_;
     float step_;
 };
 
 template <class S, class L, class Dot>
 void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size_t r1, float *y, Store store) {
-    alignas(64) float scale[max_blocks + slack], tau[max_blocks + slack];
-    const std::size_t nb = w.blocks_per_row(), row_bytes = w.row_bytes();
-    // Scales are expanded for many narrow rows at once, or for one tile and some of its columns.
-    const bool narrow = nb <= max_blocks / together;
-    const bool contiguous = narrow && nb != 0 && L::lead == 0;
-    const std::size_t rows_at_once = contiguous ? max_blocks / nb / together * together : together;
-    const std::size_t blocks_at_once = narrow ? nb : max_blocks / together;
-    const Dot dot(w);
-    const std::uint8_t *data = row_data(w, 0) + L::lead;
-    const std::size_t next_tile = larger(together * row_bytes, narrow ? codes_ahead : 0);
-    if (contiguous) {  // the first two turns
-        const std::size_t values = 2 * smaller(rows_at_once, r1 - r0) * nb;
-        prefetch_values(w.scale, r0 * nb, values);
-        if constexpr (L::adds_tau) prefetch_values(w.tau, r0 * nb, values);
-    }
-    for (std::size_t row = r0; row < r1; row += rows_at_once) {
-        const std::size_t rows = smaller(rows_at_once, r1 - row);
-        if (narrow) expand<S, L>(w, row * nb, rows * nb, scale, tau);
-        for (std::size_t r = 0; r < rows; r += together) {
-            typename S::Vec total[together];
-            for (auto &t : total) t = S::zero();
-            for (std::size_t b = 0; b < nb; b += blocks_at_once) {
-                Tile now;
-                now.blocks = smaller(blocks_at_once, nb - b);
-                const bool last = b + now.blocks == nb;
-                now.ahead = last ? next_tile - b * L::stride : now.blocks * L::stride;
-                for (std::size_t i = 0; i < together; ++i) {
-                    const std::size_t at = smaller(r + i, rows - 1);  // past the end: the last row again
-                    const std::size_t values = (narrow ? at : i) * now.blocks;
-                    now.codes[i] = data + (row + at) * row_bytes + b * L::stride;
-                    now.scale[i] = scale + values;
-                    now.tau[i] = tau + values;
-                    if (!narrow) expand<S, L>(w, (row + at) * nb + b, now.blocks, scale + values, tau + values);
-                }
-                dot(now, x, b * L::block, total);  // a multiple of 64 columns
+    const std::size_t nb = w.blocks_per_row();
+    const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + L::lead;
+    const std::size_t ahead = larger(codes_ahead, 2 * nb * L::stride);
+    const bool narrow = nb <= max_blocks;
+    const Dot whole(w, x, 0, narrow ? nb : 0, ahead);
+    ScaleWindow<S, L> window(w);
+    const auto add_pair = [&](const Dot &dot, std::size_t k, std::size_t k2, typename S::Vec *total) {
+        dot({{codes + k * L::stride, codes + k2 * L::stride},
+             {window.scale(k), window.scale(k2)},
+             {window.tau(k), window.tau(k2)}}, total);
+    };
+    for (std::size_t row = r0; row < r1; row += together) {
+        const std::size_t rows = smaller(together, r1 - row);
+        typename S::Vec total[together] = {S::zero(), S::zero(), S::zero(), S::zero()};
+#pragma GCC unroll 2
+        for (std::size_t r = 0; r < together; r += 2) {
+            if (r >= rows) break;
+            const std::size_t k = (row + r) * nb, second = r + 1 < rows ? nb : 0;  // or the first again
+            if (narrow) {
+                window.reach(k, second + nb);
+                add_pair(whole, k, k + second, total + r);
+                continue;
             }
-            float sums[together];
-            S::sums(total, sums);
-            for (std::size_t i = 0; i < smaller(together, rows - r); ++i) store_to(y + row + r + i, sums[i], store);
+            for (std::size_t i = 0; i < 2; ++i) {  // no model is so wide: each alone, twice
+                typename S::Vec twice[2] = {S::zero(), S::zero()};
+                for (std::size_t b = 0; b < nb; b += max_blocks) {
+                    const std::size_t n = smaller(max_blocks, nb - b), at = k + i * second + b;
+                    window.reach(at, n);
+                    add_pair(Dot(w, x, b * L::block, n, ahead), at, at, twice);
+                }
+                total[r + i] = twice[0];
+            }
         }
+        float sums[together];
+        S::sums(total, sums);
+        for (std::size_t r = 0; r < rows; ++r) store_to(y + row + r, sums[r], store);
     }
 }
 
