@@ -87,10 +87,15 @@ void Engine::multiply(const Activations &x, const Projection *projections, std::
         std::size_t begin;  // number of its first range
     };
     Task tasks[6];
-    std::size_t n_tasks = 0, rows = 0;
-    for (std::size_t i = 0; i < count; ++i) rows += projections[i].linear->weight.rows;
-    const std::size_t threads = pool_.size();
-    const std::size_t share = threads == 1 ? rows : rows / (threads * 6);
+    std::size_t n_tasks = 0, rows = 0, bytes = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        rows += projections[i].linear->weight.rows;
+        bytes += projections[i].linear->weight.total_bytes();
+    }
+    // Several ranges a thread even out what threads get done, but each begins with cold memory: a megabyte at least.
+    const std::size_t threads = pool_.size(), most = threads * 6;
+    const std::size_t wanted = x.tokens() > alike_tokens ? most : std::clamp(bytes >> 20, threads, most);
+    const std::size_t share = threads == 1 ? rows : rows / wanted;
     const std::size_t chunk = std::max(share / row_tile, std::size_t{1}) * row_tile;
     std::size_t ranges = 0;
     const auto add = [&](const Matrix &matrix, float *y, std::size_t ldy, Store store) {
