@@ -154,7 +154,9 @@ void check(const Weight &weight, irq::Isa isa) {
             // The integers agree; only the fast gemm of NEON computes in float32, more exact than the scalar
             // one by the rounding of its inputs (tests/tolerance.py, KERNEL_FAST_NMSE).
             const bool floats = isa == irq::Isa::neon && mode == irq::Mode::fast && tokens > 1;
-            const double allowed = floats ? 5e-7 : 1e-11;
+            // gemv of bytes takes 128 times the inputs off in float32, up to a hundred times what is left.
+            const bool cancels = isa == irq::Isa::avx512 && mode == irq::Mode::fast;
+            const double allowed = floats ? 5e-7 : cancels ? 1e-9 : 1e-11;
             expect(nmse(y, expected) <= allowed, weight.name + " times " + std::to_string(tokens) +
                                                      (mode == irq::Mode::exact ? " exact" : " fast"));
         }

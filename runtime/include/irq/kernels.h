@@ -66,8 +66,8 @@ struct TokenInput {
     float *sum;           // (stride / 32,): of x
     float *span_sum;      // (stride / 64,): of x
     float *scale;         // (stride / 64,): x is about scale * code
-    std::int32_t *group_start;  // (stride / 32,): -128 times the sum of the bytes
-    std::int32_t *start;        // (stride / 4,): the same
+    std::int32_t *start;  // (stride / 32,): -128 times the sum of the bytes
+    std::int32_t *span_start;  // (stride / 64,): the same
     std::int16_t *codes;  // (stride,), -2047 to 2047
     std::int8_t *bytes;   // (stride,), -127 to 127; in the memory of codes
 };

@@ -1,8 +1,9 @@
-// Fast mode on AVX-512 VNNI: vpdpbusd multiplies unsigned 8-bit codes of weights by signed 8-bit codes of inputs
-// and adds four. Inputs have a scale for every 64 columns.
+// Fast mode on AVX-512 VNNI: vpdpbusd multiplies unsigned 8-bit codes of weights by signed 8-bit codes of inputs and
+// adds four. Inputs have a scale for every 64 columns.
 //
-// Inside a block everything is integer, and each sum starts at -128 * (its inputs): what comes out belongs to signed codes, so the rounding of an input meets a level and not its distance from the lowest one. Their
-// residual offset is 0 for the integer codebooks and a thousandth for the others, small enough to join tau.
+// Codes of weights count from 128 below level 0, so 128 times the inputs is taken off what comes out: the rounding
+// of an input meets a level and not its distance from the lowest one. The residual offset of a table is 0 for the
+// integer codebooks and a thousandth for the others, small enough to join tau.
 #pragma once
 
 #include "avx512_ops.h"
@@ -31,58 +32,78 @@ inline void prepare_bytes(const float *x, std::size_t columns, std::size_t strid
         const __m512 rate = _mm512_set1_ps(code_rate(top, largest_byte));
         for (std::size_t i = 0; i < 4; ++i) {
             const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], rate));
-            _mm_storeu_si128(reinterpret_cast<__m128i *>(out.bytes + s * span_size + 16 * i), _mm512_cvtepi32_epi8(code));
+            auto *to = reinterpret_cast<__m128i *>(out.bytes + s * span_size + 16 * i);
+            _mm_storeu_si128(to, _mm512_cvtepi32_epi8(code));
         }
         out.scale[s] = top / largest_byte;
-        const __m512i bytes = _mm512_loadu_si512(out.bytes + s * span_size);
-        const __m512i offset = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(-128), bytes);  // 128 unsigned
-        const __m512i start = _mm512_sub_epi32(_mm512_setzero_si512(), offset);
-        _mm512_storeu_si512(out.start + s * (span_size / 4), start);
-        out.group_start[2 * s] = _mm512_mask_reduce_add_epi32(0x00ff, start);
-        out.group_start[2 * s + 1] = _mm512_mask_reduce_add_epi32(0xff00, start);
+        const __m512i bytes = _mm512_loadu_si512(out.bytes + s * span_size), unsigned_128 = _mm512_set1_epi8(-128);
+        const __m512i offset = _mm512_dpbusd_epi32(_mm512_setzero_si512(), unsigned_128, bytes);
+        out.start[2 * s] = -_mm512_mask_reduce_add_epi32(0x00ff, offset);
+        out.start[2 * s + 1] = -_mm512_mask_reduce_add_epi32(0xff00, offset);
+        out.span_start[s] = out.start[2 * s] + out.start[2 * s + 1];
     }
 }
 
 // What of the offset of a table's codes is not taken off in integers.
-inline float residual_offset(const ByteTable &table) { return table.offset + table.step * static_cast<float>(table.bias); }
+inline float residual_offset(const ByteTable &table) {
+    return table.offset + table.step * static_cast<float>(table.bias);
+}
 
-// Columns go 64 at a time: one block or two.
+// Columns go 64 at a time, one block or two; where 64 bytes are two whole blocks, 128.
 template <class S, class L>
 class ByteDot {
   public:
     ByteDot(const Matrix &w, const TokenInput &x, std::size_t column, std::size_t n, std::size_t ahead)
-        : n_(n), ahead_(ahead), in_(x.bytes + column), start_(x.start + column / 4),
+        : n_(n), ahead_(ahead), in_(x.bytes + column), start_(block_starts<L>(x) + column / L::block),
           in_scale_(x.scale + column / span_size), sum_(block_sums<L>(x) + column / L::block),
           codes_(S::template codes<L>(byte_table_of(w), byte_bias - byte_table_of(w).bias)),
           step_(_mm512_set1_ps(byte_table_of(w).step)), offset_(_mm512_set1_ps(residual_offset(byte_table_of(w)))) {}
 
     void operator()(const RowPair &rows, __m512 total[2]) const {
         alignas(64) float both[2][max_blocks + slack];  // scales of weights and inputs, multiplied
+        __m512 sums[2] = {S::zero(), S::zero()};
         for (std::size_t b = 0; b < n_; b += S::width) {
+            const __mmask16 some = S::first(n_ - b);
             const __m512 in_scale = input_scales(in_scale_ + b / per_step);
+            const __m512 start = _mm512_cvtepi32_ps(_mm512_loadu_si512(start_ + b)), sum = S::load(sum_ + b);
             for (std::size_t r = 0; r < 2; ++r) {
-                const __m512 scale = S::load(rows.scale[r] + b);
-                const __m512 offset = _mm512_fmadd_ps(scale, offset_, L::adds_tau ? S::load(rows.tau[r] + b) : S::zero());
-                total[r] = S::add_product(offset, sum_ + b, n_ - b, total[r]);
-                S::store(both[r] + b, _mm512_mul_ps(scale, in_scale));
+                const __m512 scale = S::load(rows.scale[r] + b), product = _mm512_mul_ps(scale, in_scale);
+                const __m512 tau = L::adds_tau ? S::load(rows.tau[r] + b) : S::zero();
+                total[r] = _mm512_mask3_fmadd_ps(_mm512_fmadd_ps(scale, offset_, tau), sum, total[r], some);
+                sums[r] = _mm512_mask3_fmadd_ps(product, start, sums[r], some);
+                S::store(both[r] + b, product);
             }
         }
-        __m512 sums[2] = {S::zero(), S::zero()};
         std::size_t b = 0;
+        if constexpr (L::bits == 4 && L::block == 64) {
+#pragma GCC unroll 2
+            for (; b + 2 <= n_; b += 2) {
+                prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 4 * L::stride);
+                const std::int8_t *in = in_ + b * L::block;
+                const __m512i lower = halves(in, in + L::block), upper = halves(in + L::block / 2, in + 3 * L::block / 2);
+                for (std::size_t r = 0; r < 2; ++r) {
+                    const __m512i codes = _mm512_loadu_si512(rows.codes[r] + b * L::stride);
+                    const __m512i low = _mm512_permutexvar_epi8(codes, codes_.low);
+                    const __m512i high = _mm512_permutexvar_epi8(_mm512_srli_epi64(codes, 4), codes_.low);
+                    const __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, lower);
+                    const __m512 product = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(part, high, upper));
+                    sums[r] = _mm512_fmadd_ps(product, S::halves(both[r] + b), sums[r]);
+                }
+            }
+        }
 #pragma GCC unroll 2
         for (; b + per_step <= n_; b += per_step) {
             prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 2 * per_step * L::stride);
-            const __m512i in = _mm512_loadu_si512(in_ + b * L::block), start = _mm512_loadu_si512(start_ + b * (L::block / 4));
+            const __m512i in = _mm512_loadu_si512(in_ + b * L::block);
             for (std::size_t r = 0; r < 2; ++r) {
-                const __m512 part = product(rows.codes[r] + b * L::stride, in, start);
+                const __m512 part = product(rows.codes[r] + b * L::stride, in);
                 sums[r] = _mm512_fmadd_ps(part, scale_of(both[r] + b), sums[r]);
             }
         }
         for (std::size_t r = 0; b < n_ && r < 2; ++r) {
             std::uint8_t last[2 * L::stride] = {};  // a block of zeros behind the last one
             std::memcpy(last, rows.codes[r] + b * L::stride, L::stride - L::lead);
-            const __m512i in = _mm512_loadu_si512(in_ + b * L::block);
-            const __m512 part = product(last, in, _mm512_loadu_si512(start_ + b * (L::block / 4)));
+            const __m512 part = product(last, _mm512_loadu_si512(in_ + b * L::block));
             sums[r] = _mm512_mask3_fmadd_ps(part, _mm512_set1_ps(both[r][b]), sums[r], 0x00ff);
         }
         for (std::size_t r = 0; r < 2; ++r) total[r] = _mm512_fmadd_ps(sums[r], step_, total[r]);
@@ -98,8 +119,12 @@ class ByteDot {
         return _mm512_permutexvar_ps(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), spans);
     }
 
-    __m512 product(const std::uint8_t *p, __m512i in, __m512i start) const {
-        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, S::template unpack<L>(p, codes_), in));
+    static __m512i halves(const std::int8_t *p, const std::int8_t *q) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(S::load256(p)), S::load256(q), 1);
+    }
+
+    __m512 product(const std::uint8_t *p, __m512i in) const {
+        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), S::template unpack<L>(p, codes_), in));
     }
 
     static __m512 scale_of(const float *scale) {

@@ -91,7 +91,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
     const float *sums[T];
     for (std::size_t t = 0; t < T; ++t) {
         in[t] = x.token(token + t);
-        in[t].group_start += column / group_size;
+        in[t].start += column / group_size;
         in[t].scale += column / span_size;
         in[t].bytes += column;
         sums[t] = block_sums<L>(in[t]) + column / L::block;
@@ -103,7 +103,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
     for (std::size_t g = 0; g < blocks * per_block; ++g) {
         __m512i products[R][T];
         for (std::size_t t = 0; t < T; ++t) {
-            const __m512i start = _mm512_set1_epi32(in[t].group_start[g]);
+            const __m512i start = _mm512_set1_epi32(in[t].start[g]);
             for (std::size_t r = 0; r < R; ++r) products[r][t] = start;
         }
 #pragma GCC unroll 8

@@ -87,6 +87,12 @@ const float *block_sums(const TokenInput &in) {
     return L::block == span_size ? in.span_sum : in.sum;
 }
 
+// What is taken off the integer products of each block.
+template <class L>
+const std::int32_t *block_starts(const TokenInput &in) {
+    return L::block == span_size ? in.span_start : in.start;
+}
+
 // What turns inputs into codes; 0, as for no input at all, where the quotient would overflow.
 inline float code_rate(float largest, int largest_code) {
     return largest > 0x1p-110f ? static_cast<float>(largest_code) / largest : 0.0f;
@@ -114,8 +120,7 @@ template <class Code>
 void mark_not_finite(const TokenInput &out, Code *codes, std::size_t span) {
     std::memset(codes + span * span_size, 0, span_size * sizeof *codes);
     out.scale[span] = std::numeric_limits<float>::quiet_NaN();
-    std::memset(out.start + span * (span_size / 4), 0, span_size / 4 * sizeof *out.start);
-    out.group_start[2 * span] = out.group_start[2 * span + 1] = 0;
+    out.start[2 * span] = out.start[2 * span + 1] = out.span_start[span] = 0;
 }
 
 inline void store_to(float *y, float value, Store store) { *y = store == Store::add ? *y + value : value; }

@@ -166,7 +166,7 @@ Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode m
     const std::size_t values = max_tokens * max_stride_;
     const std::size_t groups = padded(values / group_size, 16), spans = padded(values / span_size, 16);
     const bool fast = mode == Mode::fast;
-    const std::size_t bytes = 4 * (values + (fast ? 2 : 1) * (groups + spans)) + (fast ? 3 * values : 0);
+    const std::size_t bytes = 4 * (values + (groups + spans) + (fast ? groups + 2 * spans : 0)) + (fast ? 2 * values : 0);
     const std::size_t readable = 16 * sizeof(float);  // behind the last: vectors are read whole
     memory_ = ::operator new(padded(bytes + readable, alignment), std::align_val_t{alignment});
     first_.x = static_cast<float *>(memory_);
@@ -174,9 +174,9 @@ Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode m
     first_.span_sum = first_.sum + groups;
     if (fast) {
         first_.scale = first_.span_sum + spans;
-        first_.group_start = reinterpret_cast<std::int32_t *>(first_.scale + spans);
-        first_.start = first_.group_start + groups;
-        first_.codes = reinterpret_cast<std::int16_t *>(first_.start + values / 4);
+        first_.start = reinterpret_cast<std::int32_t *>(first_.scale + spans);
+        first_.span_start = first_.start + groups;
+        first_.codes = reinterpret_cast<std::int16_t *>(first_.span_start + spans);
         first_.bytes = reinterpret_cast<std::int8_t *>(first_.codes);
     }
 }
@@ -189,8 +189,8 @@ TokenInput Activations::token(std::size_t t) const {
     in.span_sum += span;
     if (mode_ == Mode::exact) return in;
     in.scale += span;
-    in.group_start += group;
-    in.start += value / 4;
+    in.start += group;
+    in.span_start += span;
     in.codes += value;
     in.bytes += value;
     return in;

@@ -314,6 +314,7 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
              {window.scale(k), window.scale(k2)},
              {window.tau(k), window.tau(k2)}}, total);
     };
+    const std::size_t at_once = together * nb <= 2 * max_blocks ? together : 2;
     for (std::size_t row = r0; row < r1; row += together) {
         const std::size_t rows = smaller(together, r1 - row);
         typename S::Vec total[together] = {S::zero(), S::zero(), S::zero(), S::zero()};
@@ -322,7 +323,7 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
             if (r >= rows) break;
             const std::size_t k = (row + r) * nb, second = r + 1 < rows ? nb : 0;  // or the first again
             if (narrow) {
-                window.reach(k, second + nb);
+                if (r % at_once == 0) window.reach(k, smaller(at_once, rows - r) * nb);
                 add_pair(whole, k, k + second, total + r);
                 continue;
             }
