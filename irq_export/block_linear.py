@@ -8,6 +8,7 @@ size of the weight. On CUDA one Triton kernel decodes (:mod:`irq_export.kernels`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -30,6 +31,8 @@ __all__ = [
     "effective_scale",
     "effective_tau",
     "pack_codes",
+    "product",
+    "product_gradients",
     "unpack_codes",
 ]
 
@@ -208,45 +211,68 @@ def decode(parts: Parts, dtype: torch.dtype, after: Tensor | None = None) -> Ten
     return _decode(parts, dtype)
 
 
+def product(
+    x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, parts: Parts
+) -> tuple[Tensor, Tensor | None]:
+    """Return ``x W^T + bias + (x a^T) b^T`` and ``x a^T``, (tokens, r).
+
+    All are of one dtype. Not differentiable: the two operations that are share it and its gradients
+    (:func:`block_linear`, :func:`irq_export.block_iec.block_iec_linear`).
+    """
+    weight = decode(parts, x.dtype)
+    if a is None or b is None:
+        return F.linear(x, weight, bias), None
+    # the large product is added to the small one, so that the sum is rounded once
+    rows = x.reshape(-1, x.shape[-1])
+    hidden = rows @ a.T
+    branch = hidden @ b.T if bias is None else torch.addmm(bias, hidden, b.T)
+    return branch.addmm_(rows, weight.T).view(*x.shape[:-1], -1), hidden
+
+
+def product_gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    hidden: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    parts: Parts,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return those gradients of :func:`product` (x, bias, a, b) that are wanted, else None."""
+    wants_x, wants_bias, wants_a, wants_b = wanted
+    rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+    grad_x = grad_bias = grad_a = grad_b = grad_hidden = None
+    if b is not None and (wants_x or wants_a):
+        grad_hidden = rows @ b  # (tokens, r)
+    if wants_x:
+        weight = decode(parts, grad.dtype, after=grad)
+        branch = None if grad_hidden is None or a is None else grad_hidden @ a
+        grad_x = rows @ weight if branch is None else branch.addmm_(rows, weight)
+        grad_x = grad_x.view(*grad.shape[:-1], -1)
+    if wants_bias:
+        grad_bias = rows.sum(0)
+    if wants_a and grad_hidden is not None and x is not None:
+        grad_a = grad_hidden.T @ x.reshape(-1, x.shape[-1])
+    if wants_b and hidden is not None:
+        grad_b = rows.T @ hidden
+    return grad_x, grad_bias, grad_a, grad_b
+
+
 class _BlockLinear(torch.autograd.Function):
-    """``x W^T + bias + (x a^T) b^T``; see :func:`block_linear`."""
+    """``x W^T + bias``; see :func:`block_linear`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, *fields: Any
-    ) -> Tensor:
-        weight, hidden = decode(Parts(*fields), x.dtype), None
-        if a is None or b is None:
-            y = F.linear(x, weight, bias)
-        else:  # the large product is added to the small one, so that the sum is rounded once
-            rows = x.reshape(-1, x.shape[-1])
-            hidden = rows @ a.T  # (tokens, r)
-            branch = hidden @ b.T if bias is None else torch.addmm(bias, hidden, b.T)
-            y = branch.addmm_(rows, weight.T).view(*x.shape[:-1], -1)
-        # the input is needed for the gradient of a alone: without a branch nothing of its size is kept
-        ctx.save_for_backward(None if a is None else x, hidden, a, b, *fields[:6])
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *fields: Any) -> Tensor:
+        ctx.save_for_backward(*fields[:6])  # nothing of the size of the input or the weight
         ctx.formats = fields[6:]
-        return y
+        return product(x, bias, None, None, Parts(*fields))[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, a, b, *stored = ctx.saved_tensors
-        wants_x, wants_bias, wants_a, wants_b = ctx.needs_input_grad[:4]
-        rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        grad_x = grad_bias = grad_a = grad_b = grad_hidden = None
-        if a is not None and (wants_x or wants_a):
-            grad_hidden = rows @ b  # (tokens, r)
-        if wants_x:
-            weight = decode(Parts(*stored, *ctx.formats), grad.dtype, after=grad)
-            grad_x = rows @ weight if grad_hidden is None else (grad_hidden @ a).addmm_(rows, weight)
-            grad_x = grad_x.view(*grad.shape[:-1], -1)
-        if wants_bias:
-            grad_bias = rows.sum(0)
-        if wants_a and grad_hidden is not None:
-            grad_a = grad_hidden.T @ x.reshape(-1, x.shape[-1])
-        if wants_b:
-            grad_b = rows.T @ hidden
-        return grad_x, grad_bias, grad_a, grad_b, *[None] * len(Parts._fields)
+        parts = Parts(*ctx.saved_tensors, *ctx.formats)
+        wanted = (*ctx.needs_input_grad[:2], False, False)
+        gradients = product_gradients(grad, None, None, None, None, parts, wanted)
+        return *gradients[:2], *[None] * len(Parts._fields)
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -257,21 +283,17 @@ def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
     return dtype
 
 
-def block_linear(
-    x: Tensor, parts: Parts, bias: Tensor | None = None, a: Tensor | None = None, b: Tensor | None = None
-) -> Tensor:
-    """Return ``x W^T + bias + (x a^T) b^T``, differentiable in all but the parts.
+def block_linear(x: Tensor, parts: Parts, bias: Tensor | None = None) -> Tensor:
+    """Return ``x W^T + bias``, differentiable in x and bias.
 
     Args:
         x: (..., in); under autocast it is cast to autocast's dtype first, as F.linear does.
         parts: The stored matrix W (out, in).
         bias: (out,), or None.
-        a: Of a low-rank branch, (r, in), or None.
-        b: Likewise, (out, r), with every scaling in it.
 
     Returns:
         (..., out) in the dtype of the product.
     """
     dtype = compute_dtype(x)
-    bias, a, b = (None if t is None else t.to(dtype) for t in (bias, a, b))
-    return _BlockLinear.apply(x.to(dtype), bias, a, b, *parts)  # type: ignore[no-untyped-call, no-any-return]
+    bias = None if bias is None else bias.to(dtype)
+    return _BlockLinear.apply(x.to(dtype), bias, *parts)  # type: ignore[no-untyped-call, no-any-return]

@@ -6,15 +6,30 @@ weight beta fixed it can be added to the low-rank matrix it runs beside: :func:`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from irq_export import kernels
 
-__all__ = ["add_elastic", "elastic_weight"]
+__all__ = ["Elastic", "add_elastic", "elastic_gradients", "elastic_weight", "elastic_weights"]
+
+
+class Elastic(NamedTuple):
+    """A low-rank matrix with its elastic connection, which stands for ``scaling * (weight + beta * E)``.
+
+    Attributes:
+        weight: (m, n).
+        beta: (1,).
+        scaling: Multiplier of both.
+    """
+
+    weight: Tensor
+    beta: Tensor
+    scaling: float
 
 
 def add_elastic(y: Tensor, x: Tensor, beta: Tensor) -> Tensor:
@@ -34,40 +49,57 @@ def add_elastic(y: Tensor, x: Tensor, beta: Tensor) -> Tensor:
     return (y.reshape(*y.shape[:-1], groups, -1) + beta * means).reshape(y.shape)
 
 
+def elastic_weights(matrices: Sequence[Elastic], dtype: torch.dtype) -> list[Tensor]:
+    """Return what one or two matrices stand for, rounded to a dtype last; not differentiable."""
+    values = [_elastic_value(matrix.weight) for matrix in matrices]
+    if _on_gpu(dtype, *(tensor for matrix in matrices for tensor in matrix[:2])):
+        from irq_export.kernels.elastic import elastic_weights as elastic_on_gpu
+
+        return elastic_on_gpu(matrices, values, dtype)
+    results = []
+    for (weight, beta, scaling), value in zip(matrices, values, strict=True):
+        total = weight.clone(memory_format=torch.contiguous_format)
+        _elastic_entries(total).add_(beta * value)
+        results.append((total * scaling).to(dtype))
+    return results
+
+
+def elastic_gradients(
+    grads: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the gradients of weight and beta, in their dtype, for those of :func:`elastic_weights`."""
+    values = [_elastic_value(grad) * scaling for grad, scaling in zip(grads, scalings, strict=True)]
+    if _on_gpu(dtype, *grads):
+        from irq_export.kernels.elastic import elastic_gradients as gradients_on_gpu
+
+        return gradients_on_gpu(grads, scalings, values, dtype)
+    results = []
+    for grad, scaling, value in zip(grads, scalings, values, strict=True):
+        wide = grad.to(dtype)
+        results.append((wide * scaling, _elastic_entries(wide).sum().view(1) * value))
+    return results
+
+
 class _ElasticWeight(torch.autograd.Function):
     """See :func:`elastic_weight`."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, beta: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         ctx.dtype, ctx.scaling = weight.dtype, scaling
-        value = _elastic_value(weight)
-        if _on_gpu(weight, beta, dtype):
-            from irq_export.kernels.elastic import elastic_weight as elastic_on_gpu
-
-            return elastic_on_gpu(weight, beta, value, scaling, dtype)
-        total = weight.clone(memory_format=torch.contiguous_format)
-        _elastic_entries(total).add_(beta * value)
-        return (total * scaling).to(dtype)
+        return elastic_weights([Elastic(weight, beta, scaling)], dtype)[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        value = _elastic_value(grad) * ctx.scaling
-        if _on_gpu(grad, grad, ctx.dtype):
-            from irq_export.kernels.elastic import elastic_gradients
-
-            grad_weight, total = elastic_gradients(grad, ctx.scaling, ctx.dtype)
-        else:
-            wide = grad.to(ctx.dtype)
-            grad_weight, total = wide * ctx.scaling, _elastic_entries(wide).sum().view(1)
-        return grad_weight, total * value, None, None
+        (gradients,) = elastic_gradients([grad], [ctx.scaling], ctx.dtype)
+        return *gradients, None, None
 
 
-def _on_gpu(weight: Tensor, beta: Tensor, dtype: torch.dtype) -> bool:
+def _on_gpu(dtype: torch.dtype, *tensors: Tensor) -> bool:
     """Whether the Triton kernels serve; a compiler fuses the torch code itself."""
     return (
-        torch.float64 not in (weight.dtype, beta.dtype, dtype)
+        torch.float64 not in (dtype, *(tensor.dtype for tensor in tensors))
         and not torch.compiler.is_compiling()
-        and kernels.available(weight.device)
+        and kernels.available(tensors[0].device)
     )
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from irq_export.block_linear import block_linear, compute_dtype
+from irq_export.block_iec import block_iec_linear
+from irq_export.block_linear import compute_dtype
 from irq_export.block_modules import IrqLinear
 from irq_export.elastic import add_elastic, elastic_weight
 from irq_formats.adapter import Adapter, LoraLayer, random_layer
@@ -66,15 +67,16 @@ def iec_linear(
         (..., out) in the dtype of ``base(x)``.
     """
     dtype = compute_dtype(x, lora_a.dtype)
+    drops = _drops(dropout)
+    if not drops and isinstance(base, IrqLinear) and compute_dtype(x) == dtype:
+        return block_iec_linear(x, base.parts(), base.bias, lora_a, lora_b, beta1, beta2, scaling, dtype)
     b = elastic_weight(lora_b, beta2, scaling=scaling, dtype=dtype)
-    if _drops(dropout):
+    if drops:
         wide = x.to(dtype)
         hidden = add_elastic(F.linear(cast("nn.Module", dropout)(wide), lora_a), wide, beta1)
         y: Tensor = base(x)
         return y + F.linear(hidden.to(dtype), b).to(y.dtype)
     a = elastic_weight(lora_a, beta1, dtype=dtype)
-    if isinstance(base, IrqLinear) and compute_dtype(x) == dtype:
-        return block_linear(x, base.parts(), base.bias, a, b)
     y = base(x)
     return y + F.linear(F.linear(x.to(dtype), a), b).to(y.dtype)
 

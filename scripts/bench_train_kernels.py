@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -225,7 +226,18 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def step(model: nn.ModuleDict, inputs: dict[str, Tensor], grads: dict[str, Tensor], autocast: bool) -> None:
+def outputs_of(model: nn.ModuleDict, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Forward of all layers."""
+    return [model[name](x) for name, x in inputs.items()]
+
+
+def step(
+    model: nn.ModuleDict,
+    inputs: dict[str, Tensor],
+    grads: dict[str, Tensor],
+    autocast: bool,
+    forward: Callable[[nn.ModuleDict, dict[str, Tensor]], list[Tensor]] = outputs_of,
+) -> None:
     """Forward and backward of all layers; every group of layers reads one input."""
     for parameter in model.parameters():
         parameter.grad = None
@@ -233,12 +245,12 @@ def step(model: nn.ModuleDict, inputs: dict[str, Tensor], grads: dict[str, Tenso
         x.grad = None
     device = next(iter(inputs.values())).device.type
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        outputs = [model[name](inputs[name]) for name in grads]
+        outputs = forward(model, inputs)
     torch.autograd.backward(outputs, list(grads.values()))
 
 
 def bench_layer(
-    hidden: int, inner: int, tokens: int, rounds: int, device: torch.device
+    hidden: int, inner: int, tokens: int, rounds: int, device: torch.device, compiled: bool
 ) -> dict[str, dict[str, float]]:
     layers = shapes(hidden, inner)
     bf16 = torch.bfloat16
@@ -271,13 +283,21 @@ def bench_layer(
         "QLoRA, bf16 adapter": lambda: step(bnb16, inputs, grads, False),
         "ours, bf16 adapter": lambda: step(ours16, inputs, grads, False),
     }
+    models = [plain, bnb, ours, bnb16, ours16]
+    if compiled:
+        runs |= {
+            f"{name}, fp32 adapter, autocast, compiled": partial(
+                step, model, inputs, grads, True, torch.compile(outputs_of)
+            )
+            for name, model in (("QLoRA", bnb), ("ours", ours))
+        }
+        models += [bnb, ours]
     slow: dict[str, Callable[[], object]] = {
         "ours on its torch path, fp32 adapter, autocast": on_torch,
         "released-style IR-QLoRA, bf16 adapter": lambda: step(released, inputs, grads, False),
     }
     table = interleaved(runs, rounds, device) | interleaved(slow, max(2, rounds // 4), device)
-    models = [plain, bnb, ours, bnb16, ours16, ours, released]
-    for (name, run), model in zip((runs | slow).items(), models, strict=True):
+    for (name, run), model in zip((runs | slow).items(), [*models, ours, released], strict=True):
         table[name]["peak_mb"] = peak(run, model, device) / 1e6
         if model is not released:
             table[name]["stored_mb"] = stored_bytes(model) / 1e6
@@ -324,6 +344,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=11008)
     parser.add_argument("--only", choices=["machine", "decode", "layer", "search"], nargs="+")
+    parser.add_argument("--compile", action="store_true", help="the layer under torch.compile too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -340,7 +361,7 @@ def main() -> None:
     parts: dict[str, Callable[[], dict[str, dict[str, float]]]] = {
         "machine": lambda: bench_machine(device, 256 if small else 8192),
         "decode": lambda: bench_decode(hidden, inner, rounds, device),
-        "layer": lambda: bench_layer(hidden, inner, tokens, rounds, device),
+        "layer": lambda: bench_layer(hidden, inner, tokens, rounds, device, arguments.compile),
         "search": lambda: bench_search(hidden, rounds, device),
     }
     for title, run in parts.items():

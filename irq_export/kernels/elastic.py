@@ -1,7 +1,7 @@
-"""Adding the elastic connection to A or B, with scaling and cast, in one pass; and its gradients.
+"""Adding the elastic connection to A and B, with scaling and cast, in one pass; and its gradients.
 
 An adapter's matrices are small, so what counts here is the number of launches: torch needs five forward and
-six backward for each.
+six backward for each matrix, and here A and B share one each way.
 """
 
 # mypy: disable-error-code="import-not-found,no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -9,6 +9,7 @@ six backward for each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch
@@ -16,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["elastic_gradients", "elastic_weight"]
+from irq_export.elastic import Elastic
+
+__all__ = ["elastic_gradients", "elastic_weights"]
 
 _ELEMENTS = 1024  # a program
 
@@ -28,7 +31,7 @@ def _entry(place, columns, tall, wide):
 
 
 @triton.jit
-def _weight_kernel(out, weight, beta, value, scaling, count, columns, tall, wide, ELEMENTS: tl.constexpr):
+def _add(out, weight, beta, value, scaling, count, columns, tall, wide, ELEMENTS: tl.constexpr):
     place = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = place < count
     w = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
@@ -36,13 +39,43 @@ def _weight_kernel(out, weight, beta, value, scaling, count, columns, tall, wide
     tl.store(out + place, (w * scaling).to(out.dtype.element_ty), mask=inside)
 
 
+# fmt: off
 @triton.jit
-def _gradient_kernel(out, sums, grad, scaling, count, columns, tall, wide, ELEMENTS: tl.constexpr):
+def _weights_kernel(
+    out, weight, beta, value, scaling, count, columns, tall, wide,
+    out2, weight2, beta2, value2, scaling2, count2, columns2, tall2, wide2,
+    ELEMENTS: tl.constexpr,
+):
+    """The second axis of the grid chooses the matrix."""
+    if tl.program_id(1) == 0:
+        _add(out, weight, beta, value, scaling, count, columns, tall, wide, ELEMENTS)
+    else:
+        _add(out2, weight2, beta2, value2, scaling2, count2, columns2, tall2, wide2, ELEMENTS)
+
+
+@triton.jit
+def _scale(out, sums, grad, value, scaling, count, columns, tall, wide, ELEMENTS: tl.constexpr):
     place = tl.program_id(0) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = place < count
     g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, (g * scaling).to(out.dtype.element_ty), mask=inside)
-    tl.store(sums + tl.program_id(0), tl.sum(tl.where(_entry(place, columns, tall, wide), g, 0.0), 0))
+    total = tl.sum(tl.where(_entry(place, columns, tall, wide), g, 0.0), 0) * value
+    tl.store(sums + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), total)
+
+
+@triton.jit
+def _gradients_kernel(
+    sums,
+    out, grad, value, scaling, count, columns, tall, wide,
+    out2, grad2, value2, scaling2, count2, columns2, tall2, wide2,
+    ELEMENTS: tl.constexpr,
+):
+    """The same; a program behind the end of the shorter matrix writes a sum of zero."""
+    if tl.program_id(1) == 0:
+        _scale(out, sums, grad, value, scaling, count, columns, tall, wide, ELEMENTS)
+    else:
+        _scale(out2, sums, grad2, value2, scaling2, count2, columns2, tall2, wide2, ELEMENTS)
+# fmt: on
 
 
 def _layout(weight: Tensor) -> tuple[int, int, int, int]:
@@ -52,42 +85,54 @@ def _layout(weight: Tensor) -> tuple[int, int, int, int]:
     return weight.numel(), columns, rows // groups, columns // groups
 
 
-def elastic_weight(weight: Tensor, beta: Tensor, value: float, scaling: float, dtype: torch.dtype) -> Tensor:
+def _programs(matrices: Sequence[Tensor]) -> int:
+    return max(-(-matrix.numel() // _ELEMENTS) for matrix in matrices)
+
+
+def elastic_weights(matrices: Sequence[Elastic], values: Sequence[float], dtype: torch.dtype) -> list[Tensor]:
     """Return ``scaling * (weight + beta * value)`` with the sum taken where the elastic matrix is not zero.
 
     Args:
-        weight: (m, n), fp32 or below.
-        beta: (1,).
-        value: What the elastic matrix holds there.
-        scaling: Multiplier.
-        dtype: Of the result.
+        matrices: One or two, fp32 or below.
+        values: What the elastic matrix of each holds there.
+        dtype: Of the results.
     """
-    weight = weight.contiguous()
-    out = torch.empty_like(weight, dtype=dtype)
-    layout = _layout(weight)
-    with torch.cuda.device_of(out):
-        _weight_kernel[(triton.cdiv(layout[0], _ELEMENTS),)](
-            out, weight, beta, value, scaling, *layout, ELEMENTS=_ELEMENTS, enable_fp_fusion=False
+    weights = [matrix.weight.contiguous() for matrix in matrices]
+    outs = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    sides = [
+        (out, weight, matrix.beta, value, matrix.scaling, *_layout(weight))
+        for out, weight, matrix, value in zip(outs, weights, matrices, values, strict=True)
+    ]
+    with torch.cuda.device_of(outs[0]):
+        _weights_kernel[(_programs(weights), len(sides))](
+            *sides[0], *sides[-1], ELEMENTS=_ELEMENTS, enable_fp_fusion=False
         )
-    return out
+    return outs
 
 
-def elastic_gradients(grad: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the weight, ``scaling * grad``, and the sum of ``grad`` over those entries.
+def elastic_gradients(
+    grads: Sequence[Tensor], scalings: Sequence[float], values: Sequence[float], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Return gradients of weight and beta: ``scaling * grad``, and ``value`` times a sum of ``grad``.
 
     Args:
-        grad: (m, n), of the result of :func:`elastic_weight`.
-        scaling: As there.
-        dtype: Of both results, that of the weight.
+        grads: One or two, (m, n), of the results of :func:`elastic_weights`.
+        scalings: As there.
+        values: What the sum over the entries of the elastic matrix is multiplied by.
+        dtype: Of the results, that of the weights.
 
     Returns:
-        (m, n) and (1,); the sum is taken in fp32, in an order that does not change from run to run.
+        (m, n) and (1,) of each; sums are taken in fp32, in an order that does not change from run to run.
     """
-    grad = grad.contiguous()
-    out = torch.empty_like(grad, dtype=dtype)
-    layout = _layout(grad)
-    programs = triton.cdiv(layout[0], _ELEMENTS)
-    sums = torch.empty(programs, dtype=torch.float32, device=grad.device)
-    with torch.cuda.device_of(grad):
-        _gradient_kernel[(programs,)](out, sums, grad, scaling, *layout, ELEMENTS=_ELEMENTS)
-    return out, sums.sum(0, keepdim=True).to(dtype)
+    grads = [grad.contiguous() for grad in grads]
+    outs = [torch.empty_like(grad, dtype=dtype) for grad in grads]
+    programs = _programs(grads)
+    sums = torch.empty(len(grads), programs, dtype=torch.float32, device=grads[0].device)
+    sides = [
+        (out, grad, value, scaling, *_layout(grad))
+        for out, grad, value, scaling in zip(outs, grads, values, scalings, strict=True)
+    ]
+    with torch.cuda.device_of(sums):
+        _gradients_kernel[(programs, len(sides))](sums, *sides[0], *sides[-1], ELEMENTS=_ELEMENTS)
+    totals = sums.sum(1).to(dtype)
+    return [(out, totals[i : i + 1]) for i, out in enumerate(outs)]
