@@ -19,7 +19,10 @@ from irq_export.block_linear import Parts, block_linear, decode, decode_blocks, 
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
 from irq_formats.errors import UsageError
 
-__all__ = ["BlockModule", "IrqEmbedding", "IrqHead", "IrqLinear", "IrqTiedHead"]
+__all__ = ["SHARDED", "BlockModule", "IrqEmbedding", "IrqHead", "IrqLinear", "IrqTiedHead"]
+
+#: Bytes as FSDP2 shards them: torch below 2.13 shards nothing but floating-point types.
+SHARDED = torch.uint8 if torch.__version__ >= "2.13" else torch.float8_e4m3fn
 
 
 class BlockModule(nn.Module):
@@ -51,9 +54,13 @@ class BlockModule(nn.Module):
         Raises:
             UsageError: Somebody has cast it (a mixed-precision policy with a ``buffer_dtype``, say).
         """
-        stored, dtype = getattr(self, name), self._dtypes[name]
-        if isinstance(stored, nn.Parameter) and stored.dtype == torch.uint8:
-            return stored.view(dtype)
+        dtype = self._dtypes[name]
+        stored = self._buffers.get(name)
+        if stored is None:  # a parameter of bytes, see shardable()
+            held: Tensor = getattr(self, name)
+            if held.dtype == SHARDED:
+                return held.view(dtype)
+            stored = held
         if stored.dtype != dtype:
             raise UsageError(
                 f"{name} of a quantised layer was cast, and its bits are lost",
@@ -61,12 +68,15 @@ class BlockModule(nn.Module):
                 got=stored.dtype,
                 hint="Load the model again, and leave buffer_dtype out of the mixed-precision policy",
             )
-        return stored  # type: ignore[no-any-return]
+        return stored
 
     def shardable(self) -> None:
-        """Turn the parts into frozen parameters of bytes: FSDP2 shards them, and casts no bytes."""
+        """Turn the parts into frozen parameters of bytes: FSDP2 shards them, and casts no bytes.
+
+        With torch below 2.13 a policy does cast them, and the next forward pass refuses.
+        """
         for name in self.part_names:
-            stored = self.part(name).view(torch.uint8)
+            stored = self.part(name).view(SHARDED)
             del self._buffers[name]
             self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
 

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
     AutoTokenizer,
@@ -41,6 +42,7 @@ from irq_export.train.sharding import (
     make_shardable,
     shard_on_cpu,
     sharding_arguments,
+    trained_state,
 )
 from irq_formats.adapter import Adapter
 from irq_formats.errors import UsageError
@@ -81,7 +83,7 @@ class TrainReport:
 
 
 class _Trainer(Trainer):
-    """Trainer with our order of the data."""
+    """Trainer with our order of the data, which saves what is trained and nothing else."""
 
     def __init__(self, order: EpochOrder, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -90,6 +92,15 @@ class _Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; of a sharded model nothing else is gathered: the base is on disk."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = trained_state(cast("nn.Module", self.model))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
 
 
 def train(
@@ -245,7 +256,7 @@ def _arguments(config: TrainConfig, run: RunDir) -> TrainingArguments:
         raise UsageError("tensorboard is not installed", hint="pip install tensorboard")
     if config.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.state / "tensorboard")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run.state),
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
@@ -280,6 +291,8 @@ def _arguments(config: TrainConfig, run: RunDir) -> TrainingArguments:
         dataloader_pin_memory=_device(config) == "cuda",
         **sharding_arguments(config),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process is one device: DataParallel multiplies the batch
+    return arguments
 
 
 def _optimizer(config: TrainConfig) -> str:

@@ -14,13 +14,21 @@ from typing import Any
 from accelerate import Accelerator, PartialState  # type: ignore[import-untyped]
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # type: ignore[import-untyped]
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainingArguments
 
 from irq_export.block_modules import IrqLinear
 from irq_export.train.config import TrainConfig
 from irq_formats.errors import UsageError
 
-__all__ = ["check_sharding", "keep_float32", "make_shardable", "shard_on_cpu", "sharding_arguments"]
+__all__ = [
+    "check_sharding",
+    "keep_float32",
+    "make_shardable",
+    "shard_on_cpu",
+    "sharding_arguments",
+    "trained_state",
+]
 
 
 def check_sharding(config: TrainConfig) -> None:
@@ -61,6 +69,12 @@ def shard_on_cpu(arguments: TrainingArguments) -> None:
         state = Accelerator(cpu=True, mixed_precision="bf16" if arguments.bf16 else "no").state
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
+
+
+def trained_state(model: nn.Module) -> dict[str, Any]:
+    """Gather the parameters that are trained in the host's memory of the first process; all take part."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
 
 
 def keep_float32(trainer: Trainer) -> None:

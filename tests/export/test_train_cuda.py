@@ -101,3 +101,11 @@ def test_importance_is_measured_on_the_training_data(data: Path, tmp_path: Path)
         assert search["importance"] is True
         assert search["tokens"] >= 4096  # type: ignore[operator]
     assert runs[0].base_hash == runs[1].base_hash
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_one_process_is_one_gpu(data: Path, tmp_path: Path) -> None:
+    """Where several are seen, transformers would make every batch so many times larger."""
+    recipe = ["--epochs", "1", "--batch-size", "8", "--rank", "4", "--importance", "none"]
+    report = invoke("train", DEMO, "--data", data, "-o", tmp_path / "run", *recipe)["train"]
+    assert report["steps"] == 64 // 8
