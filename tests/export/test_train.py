@@ -20,10 +20,12 @@ from click.testing import CliRunner
 from tiny_models import save_tiny_model
 from tiny_tokenizers import save_tiny_tokenizer
 from tolerance import DDP_GRADIENT
+from transformers import TrainingArguments
 
 from irq_export.cli import main
 from irq_export.train.config import TrainConfig, make_config, settings
 from irq_export.train.memory import estimate_memory
+from irq_export.train.run import _arguments
 from irq_export.train.run_dir import RunDir
 from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import IrqError, MalformedFile, UsageError
@@ -223,6 +225,13 @@ def test_every_setting_is_a_flag_and_a_key(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(TrainConfig(model="m", data=("d",), output="o", lr=1e-3).to_dict()))
     assert make_config({}, path) == TrainConfig(model="m", data=("d",), output="o", lr=1e-3)
+
+
+def test_one_process_is_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two are seen, transformers would spread twice the batch over them."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    config = TrainConfig(model="m", data=("d",), output=str(tmp_path), device="cpu")
+    assert _arguments(config, RunDir(tmp_path))._n_gpu == 1
 
 
 def test_paper_recipe_is_the_default() -> None:
