@@ -97,16 +97,17 @@ void rms_norm(const float *x, const float *weight, std::size_t size, float eps, 
     for (; i < size; ++i) out[i] = weight[i] * (x[i] / root);
 }
 
+inline Vector gated(const Vector &gate, const Vector &up) { return gate / (1.0F + exponential(-gate)) * up; }
+
 void swiglu(float *gate, const float *up, std::size_t size) {
-    for (std::size_t i = 0; i < size; i += lanes) {
-        const std::size_t count = size - i < lanes ? size - i : lanes;
-        float g[lanes] = {}, u[lanes] = {};
-        std::memcpy(g, gate + i, count * sizeof *g);
-        std::memcpy(u, up + i, count * sizeof *u);
-        const Vector v = load(g);
-        save(v / (1.0F + exponential(-v)) * load(u), g);
-        std::memcpy(gate + i, g, count * sizeof *g);
-    }
+    std::size_t i = 0;
+    for (; i + lanes <= size; i += lanes) save(gated(load(gate + i), load(up + i)), gate + i);
+    if (i == size) return;
+    float g[lanes] = {}, u[lanes] = {};
+    std::memcpy(g, gate + i, (size - i) * sizeof *g);
+    std::memcpy(u, up + i, (size - i) * sizeof *u);
+    save(gated(load(g), load(u)), g);
+    std::memcpy(gate + i, g, (size - i) * sizeof *g);
 }
 
 // Scores of T tiles of 16 positions side by side: as many sums in flight hide the latency of addition.

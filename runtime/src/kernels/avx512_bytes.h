@@ -76,7 +76,7 @@ class ByteDot {
         }
         std::size_t b = 0;
         if constexpr (L::bits == 4 && L::block == 64) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (; b + 2 <= n_; b += 2) {
                 prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 4 * L::stride);
                 const std::int8_t *in = in_ + b * L::block;

@@ -30,12 +30,13 @@ struct Avx512 {
     static float max_of(Vec v) { return _mm512_reduce_max_ps(v); }
     // The sums of four vectors.
     static void sums(const Vec v[4], float out[4]) {
-        __m256 half[4];
-        for (int i = 0; i < 4; ++i) {
-            half[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
-        }
-        const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+        const Vec first = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+        const Vec last = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+        const __m512d a = _mm512_castps_pd(first), b = _mm512_castps_pd(last);
+        const Vec lower = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), upper = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        const Vec of_lanes = _mm512_add_ps(lower, upper);  // four sums in every 128 bits
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(of_lanes), _mm512_extractf32x8_ps(of_lanes, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     }
 
     // The first n (any number) of 16 lanes.

@@ -100,9 +100,9 @@ void expand(const Matrix &w, std::size_t k, std::size_t n, float *scale, float *
     } else {
         expand_values<S>(w.scale, k, n, scale);
         if constexpr (L::adds_tau) expand_values<S>(w.tau, k, n, tau);
-        // Two turns ahead: one is shorter than memory takes when it is busy with codes.
-        prefetch_values(w.scale, k + 2 * n, n);
-        if constexpr (L::adds_tau) prefetch_values(w.tau, k + 2 * n, n);
+        // Three turns ahead: one is shorter than memory takes when it is busy with codes.
+        prefetch_values(w.scale, k + 3 * n, n);
+        if constexpr (L::adds_tau) prefetch_values(w.tau, k + 3 * n, n);
     }
 }
 
@@ -196,8 +196,8 @@ class ScaleWindow {
     static constexpr std::size_t piece = L::lead == 0 ? IRQ_GROUP_SIZE : 32, capacity = 2 * max_blocks + piece;
 
     [[gnu::always_inline]] void prefetch_all(std::size_t k) const {
-        prefetch_values(w_.scale, k, 3 * piece);
-        if constexpr (L::adds_tau) prefetch_values(w_.tau, k, 3 * piece);
+        prefetch_values(w_.scale, k, 4 * piece);
+        if constexpr (L::adds_tau) prefetch_values(w_.tau, k, 4 * piece);
     }
 
     const Matrix &w_;
@@ -336,6 +336,10 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
                 }
                 total[r + i] = twice[0];
             }
+        }
+        if (rows == together && store == Store::set) {
+            S::sums(total, y + row);
+            continue;
         }
         float sums[together];
         S::sums(total, sums);
