@@ -110,14 +110,24 @@ void swiglu(float *gate, const float *up, std::size_t size) {
     std::memcpy(gate + i, g, (size - i) * sizeof *g);
 }
 
-// Scores of T tiles of 16 positions side by side: as many sums in flight hide the latency of addition.
-template <std::size_t T, typename Element>
+// Scores of T tiles of 16 positions side by side, by U dimensions at a time: T * U sums in flight hide the latency of
+// addition.
+template <std::size_t T, std::size_t U, typename Element>
 void score_tiles(const float *q, const Element *keys, std::size_t head_dim, float scale, float *scores) {
-    Vector total[T] = {};
-    for (std::size_t d = 0; d < head_dim; ++d) {
-        for (std::size_t t = 0; t < T; ++t) total[t] += q[d] * load(keys + (t * head_dim + d) * lanes);
+    Vector total[U][T] = {};
+    std::size_t d = 0;
+    for (; d + U <= head_dim; d += U) {
+        for (std::size_t u = 0; u < U; ++u) {
+            for (std::size_t t = 0; t < T; ++t) total[u][t] += q[d + u] * load(keys + (t * head_dim + d + u) * lanes);
+        }
     }
-    for (std::size_t t = 0; t < T; ++t) save(total[t] * scale, scores + t * lanes);
+    for (; d < head_dim; ++d) {
+        for (std::size_t t = 0; t < T; ++t) total[0][t] += q[d] * load(keys + (t * head_dim + d) * lanes);
+    }
+    for (std::size_t t = 0; t < T; ++t) {
+        for (std::size_t u = 1; u < U; ++u) total[0][t] += total[u][t];
+        save(total[0][t] * scale, scores + t * lanes);
+    }
 }
 
 // scores[i] = q . keys[i] / sqrt(head_dim), minus infinity beyond length; returns the largest.
@@ -128,9 +138,9 @@ float score(const float *q, const Element *keys, std::size_t head_dim, std::size
     const std::size_t end = padded(length);
     std::size_t i = 0;
     for (; i + together * lanes <= end; i += together * lanes) {
-        score_tiles<together>(q, keys + i * head_dim, head_dim, scale, scores + i);
+        score_tiles<together, 2>(q, keys + i * head_dim, head_dim, scale, scores + i);
     }
-    for (; i < end; i += lanes) score_tiles<1>(q, keys + i * head_dim, head_dim, scale, scores + i);
+    for (; i < end; i += lanes) score_tiles<1, 8>(q, keys + i * head_dim, head_dim, scale, scores + i);
     for (i = length; i < end; ++i) scores[i] = -std::numeric_limits<float>::infinity();
     Vector most = load(scores);
     for (i = lanes; i < end; i += lanes) {
