@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -112,6 +112,24 @@ class SearchConfig:
     def released(cls, *, icq: bool = True) -> SearchConfig:
         """The released code; with ``icq=False`` plain QLoRA, equal to bitsandbytes."""
         return cls(icq=icq, tie="first", refine="none", numerics="reference")
+
+    @classmethod
+    def for_codebook(cls, codebook: str, *, icq: bool | None = None, **values: Any) -> SearchConfig:
+        """The default of ``quantize``: nf4 is searched only where somebody asks for it (docs/paper.md).
+
+        Args:
+            codebook: Of the codes.
+            icq: Whether to search. None: for every codebook but nf4, and for nf4 where ``objective`` or
+                ``tie`` says how.
+            **values: The other fields.
+
+        Raises:
+            UsageError: As the constructor.
+        """
+        if icq is None:
+            how = (values.get("objective", cls.objective), values.get("tie", cls.tie))
+            icq = codebook != "nf4" or how != (cls.objective, cls.tie)
+        return cls(icq=icq, **values)
 
     def to_dict(self) -> dict[str, str | int | float | bool]:
         """Return the fields, for JSON."""

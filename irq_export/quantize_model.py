@@ -114,7 +114,7 @@ def quantize(
     *,
     codebook: str = "nf4",
     block_size: int = 64,
-    icq: bool = True,
+    icq: bool | None = None,
     tie: str = "mse",
     refine: str = "ls",
     objective: str = "entropy",
@@ -130,14 +130,16 @@ def quantize(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Quantise the linear layers of a Llama-family model with ICQ; everything else keeps its own dtype.
+    """Quantise the linear layers of a Llama-family model; everything else keeps its own dtype.
 
     Args:
         model_dir: Hugging Face directory with safetensors weights.
         output_dir: The checkpoint, a new directory.
         codebook: ``nf4 nf3 nf2 int4 int3 int2``.
         block_size: Weights per block, 64 or 32. A matrix whose input is no multiple stays as it is.
-        icq: Search an offset per block that maximises the entropy of the codes.
+        icq: Search an offset per block that maximises the entropy of the codes; otherwise scales start from
+            the absolute maximum. None: for every codebook but nf4, where it does not pay (docs/paper.md),
+            and for nf4 where ``objective`` or ``tie`` says how.
         tie: Among equally good offsets ``mse`` takes the least squared error, ``first`` the released choice.
         refine: ``ls`` refits scale and offset by least squares after the search; ``none`` is the paper.
         objective: ``entropy``, or ``mse`` to search for the least squared error instead.
@@ -151,7 +153,9 @@ def quantize(
         importance: Of ``irq_export.calibrate``, or its file: scale and offset are fitted to what the inputs
             of each linear carry; nothing is searched (``icq``, ``tie``, ``refine``, ``objective`` stay
             default).
-        device: Where to search: ``cpu``, ``cuda``, ``cuda:1``. The result does not depend on it.
+        device: Where to compute: ``cpu``, ``cuda``, ``cuda:1``. What is written does not depend on it, but
+            for a fit to ``importance``: its float32 sums depend on the order of additions, and at most one
+            code in a thousand on them (docs/train.md).
         overwrite: Replace an existing checkpoint.
         progress: Called with (tensors done, tensors in all, name).
 
@@ -167,9 +171,14 @@ def quantize(
     """
     started = time.monotonic()
     spec = BlockSpec(codebook, block_size, scale, tau, scale_rounding)
-    search = SearchConfig(icq=icq, objective=objective, tie=tie, refine=refine, numerics=numerics)
+    search = SearchConfig.for_codebook(
+        codebook, icq=icq, objective=objective, tie=tie, refine=refine, numerics=numerics
+    )
     check_settings(spec, search)
-    calibration = None if importance is None else _calibration(importance, spec, search)
+    calibration = None
+    if importance is not None:
+        untouched = icq is None and search == SearchConfig.for_codebook(codebook)
+        calibration = _calibration(importance, spec, untouched)
     where = _device(device)
     plan = plan_quantization(model_dir, spec, embedding=embedding, include=include, exclude=exclude)
     output = Path(output_dir)
@@ -200,9 +209,9 @@ def quantize(
     )
 
 
-def _calibration(given: str | Path | Importance, spec: BlockSpec, search: SearchConfig) -> Importance:
-    """Return the importance of the inputs, which leaves nothing to search."""
-    if search != SearchConfig():
+def _calibration(given: str | Path | Importance, spec: BlockSpec, untouched: bool) -> Importance:
+    """Return the importance of the inputs, which leaves nothing to search: its settings must be untouched."""
+    if not untouched:
         raise UsageError(
             "with importance nothing is searched",
             expected="icq, objective, tie, refine and numerics as they are by default",

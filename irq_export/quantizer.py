@@ -81,7 +81,8 @@ def _wish(values: dict[str, Any]) -> tuple[BlockSpec, SearchConfig, dict[str, An
     if unknown := values.keys() - set(known):
         raise UsageError("unknown settings of IrqConfig", expected=", ".join(known), got=sorted(unknown))
     spec = BlockSpec(**{key: values[key] for key in _SPEC_KEYS if key in values})
-    search = SearchConfig(**{key: values[key] for key in _SEARCH_KEYS if key in values})
+    chosen = {key: values[key] for key in _SEARCH_KEYS if key in values}
+    search = SearchConfig.for_codebook(spec.codebook, **chosen)
     check_settings(spec, search)
     return spec, search, {key: values[key] for key in _CHOICE_KEYS if key in values}
 

@@ -76,7 +76,7 @@ def prepare(model_dir: Path, work: Path) -> tuple[Path, Path]:
     """Quantise and adapt once; return checkpoint and adapter directories."""
     checkpoint, adapter_dir = work / "nf4", work / "adapter"
     if not checkpoint.exists():
-        irq_export.quantize(model_dir, checkpoint, codebook="nf4")
+        irq_export.quantize(model_dir, checkpoint, codebook="nf4", icq=True)
     if not adapter_dir.exists():
         model = irq_export.load_model(checkpoint)
         adapter = random_adapter(model, rank=32, seed=0, base_hash=open_checkpoint(checkpoint).base_hash)

@@ -15,7 +15,7 @@ _VERBS = {
     "demo": ("demo", "Quantise, export, run and prove the model that ships in this package."),
     "import": ("import_checkpoint", "Turn a bitsandbytes or released IR-QLoRA model into a checkpoint."),
     "calibrate": ("calibrate", "Measure on a text what each input of every linear carries."),
-    "quantize": ("quantize", "Quantise a Hugging Face model to 2-4 bits with ICQ."),
+    "quantize": ("quantize", "Quantise a Hugging Face model to 2-4 bits."),
     "train": ("train", "Fine-tune a model with IR-QLoRA."),
     "fold-adapter": ("fold_adapter", "Turn an IR-QLoRA adapter into a plain PEFT adapter, exactly."),
     "to-gguf": ("to_gguf", "Pack a checkpoint into GGUF, bit for bit."),

@@ -72,7 +72,7 @@ def _prove(directory: Path, codebook: str, profile: str, exported: Path) -> dict
     screen = console()
     checkpoint = directory / f"{codebook}-checkpoint"
     screen.print(f"quantising to {codebook} with ICQ ...")
-    quantize(Path(__file__).parent.parent / "demo_model", checkpoint, codebook=codebook)
+    quantize(Path(__file__).parent.parent / "demo_model", checkpoint, codebook=codebook, icq=True)
     base_hash = open_checkpoint(checkpoint).base_hash
     adapter = random_adapter(load_model(checkpoint), rank=8, seed=0, base_hash=base_hash)
     adapter_dir = directory / f"{codebook}-adapter"

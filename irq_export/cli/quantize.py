@@ -25,9 +25,11 @@ __all__ = ["command"]
 )
 @click.option("--block-size", type=click.Choice(["64", "32"]), default="64", show_default=True)
 @click.option(
-    "--no-icq",
-    is_flag=True,
-    help="No search: scales from the absolute maximum. With --refine none --tau none: plain QLoRA.",
+    "--icq/--no-icq",
+    default=None,
+    help="Search an offset per block for the entropy of the codes, or start from the absolute maximum; "
+    "--no-icq --refine none --tau none is plain QLoRA.  [default: --icq for every codebook but nf4, where it "
+    "does not pay; for nf4 where --objective or --tie says how]",
 )
 @click.option(
     "--objective",
@@ -94,7 +96,7 @@ __all__ = ["command"]
     metavar="FILE",
     help="Of irq-export calibrate: fit scale and offset to what each input carries, instead of a search.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to search: cpu, cuda, cuda:1.")
+@click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done with every tensor, and write nothing.")
 @force_option
 @json_option
@@ -104,17 +106,17 @@ def command(
     output_dir: Path | None,
     dry_run: bool,
     as_json: bool,
-    no_icq: bool,
+    icq: bool | None,
     block_size: str,
     **options: Any,
 ) -> None:
-    """Quantise a Hugging Face model to 2-4 bits with ICQ.
+    """Quantise a Hugging Face model to 2-4 bits.
 
     MODEL_DIR is a Llama-family directory with safetensors weights. The linear layers are quantised; every
     other tensor keeps its own dtype, bit for bit. Tokenizer and chat template are copied.
     """
     if dry_run:
-        _show_plan(model_dir, int(block_size), not no_icq, options, as_json=as_json)
+        _show_plan(model_dir, int(block_size), icq, options, as_json=as_json)
         return
     if output_dir is None:
         raise click.UsageError("Missing option '-o' / '--output' (or use --dry-run).")
@@ -122,7 +124,7 @@ def command(
 
     with progress("quantize") as update:
         report = quantize(
-            model_dir, output_dir, icq=not no_icq, block_size=int(block_size), progress=update, **options
+            model_dir, output_dir, icq=icq, block_size=int(block_size), progress=update, **options
         )
     lines = _skipped_lines(report.skipped)
     for codebook in dict.fromkeys(tensor.codebook for tensor in report.tensors):
@@ -140,12 +142,12 @@ def command(
 
 
 def _entropies(tensors: list[Any]) -> str:
-    """Mean entropy of the tensors before and after the search."""
+    """Mean entropy of the tensors, of plain codes and of those that are stored."""
     before, after = (
         sum(getattr(tensor, name) for tensor in tensors) / len(tensors)
         for name in ("entropy_before", "entropy_after")
     )
-    return f"{before:.4f} bits before the search, {after:.4f} after"
+    return f"{before:.4f} bits of plain codes, {after:.4f} of these"
 
 
 def _skipped_lines(skipped: dict[str, str]) -> list[str]:
@@ -153,7 +155,7 @@ def _skipped_lines(skipped: dict[str, str]) -> list[str]:
 
 
 def _show_plan(
-    model_dir: Path, block_size: int, icq: bool, options: dict[str, Any], *, as_json: bool
+    model_dir: Path, block_size: int, icq: bool | None, options: dict[str, Any], *, as_json: bool
 ) -> None:
     from irq_export.icq import SearchConfig, check_settings
     from irq_export.quantize_plan import plan_quantization
@@ -162,7 +164,8 @@ def _show_plan(
     names = ("codebook", "scale", "tau", "scale_rounding")
     spec = BlockSpec(block_size=block_size, **{name: options[name] for name in names})
     search = ("objective", "tie", "refine", "numerics")
-    check_settings(spec, SearchConfig(icq=icq, **{name: options[name] for name in search}))
+    chosen = {name: options[name] for name in search}
+    check_settings(spec, SearchConfig.for_codebook(spec.codebook, icq=icq, **chosen))
     plan = plan_quantization(
         model_dir, spec, **{name: options[name] for name in ("embedding", "include", "exclude")}
     )

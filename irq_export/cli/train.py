@@ -19,8 +19,8 @@ def _option(setting: Setting) -> Callable[[Any], Any]:
     """Make the flag of a setting; unset means that a file or the default decides."""
     names = ["-o", setting.flag] if setting.name == "output" else [setting.flag]
     if setting.kind is bool:
-        shown = "on" if setting.default else "off"
-        text = f"{setting.text}  [default: {shown}]"
+        shown = "" if setting.default is None else f"  [default: {'on' if setting.default else 'off'}]"
+        text = setting.text + shown
         return click.option(f"{setting.flag}/--no-{setting.flag.removeprefix('--')}", default=None, help=text)
     shown = f"  [default: {setting.default}]" if setting.default not in (None, "", ()) else ""
     text = setting.text + ("  (repeatable)" if setting.many else "") + shown

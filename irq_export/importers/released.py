@@ -35,6 +35,7 @@ def search_again(
     return quantize(
         model_dir,
         output,
+        icq=True,
         tie="first",
         refine="none",
         numerics="reference",

@@ -51,11 +51,14 @@ class TrainConfig:
     codebook: str = _field(
         "nf4", "Of a model in floating point.", ("nf4", "nf3", "nf2", "int4", "int3", "int2")
     )
-    icq: bool = _field(True, "Search offsets (ICQ); without, plain block-wise absolute maxima, as QLoRA.")
+    icq: bool | None = _field(
+        None,
+        "Instead of --importance: search offsets (ICQ), or plain block-wise absolute maxima, as QLoRA.",
+    )
     importance: str = _field(
         "data",
         "Fit scale and offset to what the inputs of each layer carry: data measures that on the training"
-        " data, none leaves the choice to ICQ and the refit, else a file of irq-export calibrate.",
+        " data, none is the default of irq-export quantize, else a file of irq-export calibrate.",
     )
     embedding: str = _field("keep", "int8 quantises embedding and head too.", ("keep", "int8"))
     iec: bool = _field(True, "Elastic connections (IEC); without, plain LoRA.")
@@ -108,11 +111,15 @@ class TrainConfig:
             raise UsageError("--dropout and --adam-beta2 lie in [0, 1)")
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise UsageError("--warmup-steps and --weight-decay are not negative")
+        if self.icq is not None and self.importance not in ("data", "none"):
+            raise UsageError(
+                "--icq and --no-icq fit nothing to an --importance", hint="Leave out the one or the other"
+            )
 
     @property
     def importance_source(self) -> str | None:
-        """``data``, a file, or None where nothing is fitted: without ICQ there is no offset to fit."""
-        return self.importance if self.icq and self.importance != "none" else None
+        """``data``, a file, or None where nothing is fitted to it."""
+        return self.importance if self.icq is None and self.importance != "none" else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""

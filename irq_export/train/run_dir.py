@@ -117,7 +117,7 @@ class RunDir:
         if importance == "data":
             ids, digest = sample()
             if len(ids) < _ENOUGH:
-                say(f"the data has fewer than {_ENOUGH:,} tokens: importance is not measured, ICQ searches")
+                say(f"the data has fewer than {_ENOUGH:,} tokens: importance is not measured")
                 importance = None
             else:
                 importance, perplexity = measure(
@@ -233,13 +233,13 @@ def is_quantized(path: Path) -> bool:
 def quantize_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings of :func:`irq_export.quantize_model.quantize` for a run.
 
-    Without ICQ these are bitsandbytes' own NF4, bit for bit, for nf4; the exact arithmetic for the others.
+    ``--no-icq`` is bitsandbytes' own NF4, bit for bit, for nf4; the exact arithmetic for the others.
     """
-    values: dict[str, Any] = {"codebook": config.codebook}
+    values: dict[str, Any] = {"codebook": config.codebook, "icq": config.icq}
     if config.embedding == "int8":
         values["embedding"] = "int8"
-    if not config.icq:
-        values |= {"icq": False, "refine": "none", "tau": "none"}
+    if config.icq is False:
+        values |= {"refine": "none", "tau": "none"}
         if config.codebook == "nf4":
             values |= {"tie": "first", "numerics": "reference", "scale_rounding": "none"}
     return values

@@ -85,10 +85,11 @@ def test_refusals(source: Path, importance: Path, tmp_path: Path) -> None:
         calibrate(source, text, tmp_path / "x", context=100_000)
     with pytest.raises(UsageError, match="no such file"):
         calibrate(source, tmp_path / "none.txt", tmp_path / "x")
-    with pytest.raises(UsageError, match="nothing is searched"):
-        quantize(source, tmp_path / "x", importance=importance, icq=False)
+    for settings in ({"icq": False}, {"icq": True}, {"tie": "first"}, {"codebook": "nf2", "refine": "none"}):
+        with pytest.raises(UsageError, match="nothing is searched"):
+            quantize(source, tmp_path / "x", importance=importance, **settings)
     with pytest.raises(UsageError, match="offset"):
-        quantize(source, tmp_path / "x", importance=importance, tau="none", icq=True)
+        quantize(source, tmp_path / "x", importance=importance, tau="none")
     write_safetensors(tmp_path / "other.safetensors", {"a": torch.ones(3).numpy()})
     with pytest.raises(MalformedFile, match="calibrate"):
         read_importance(tmp_path / "other.safetensors")

@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(source: Path) -> QuantizeReport:
-    return quantize(source, source.parent / "out")
+    return quantize(source, source.parent / "out", icq=True)
 
 
 @pytest.fixture
@@ -126,6 +126,30 @@ def test_settings_reach_the_search(
     assert checkpoint.block_tensor(Q).spec == expected.spec
 
 
+@pytest.mark.parametrize(
+    ("options", "searched"),
+    [
+        ("--codebook nf4", False),
+        ("--codebook nf4 --icq", True),
+        ("--codebook nf4 --tie first", True),
+        ("--codebook nf4 --objective mse", True),
+        ("--codebook nf3", True),
+        ("--codebook nf2", True),
+        ("--codebook int4", True),
+        ("--codebook int4 --no-icq", False),
+    ],
+)
+def test_nf4_alone_is_not_searched_by_default(
+    source: Path, tmp_path: Path, options: str, searched: bool
+) -> None:
+    """What docs/paper.md supports; where somebody says how to search, the search runs."""
+    done = run(source, "-o", tmp_path / "o", "--include", Q, *options.split())
+    assert done.exit_code == 0, done.output
+    search = open_checkpoint(tmp_path / "o").quantization.search
+    assert search["icq"] is searched
+    assert search["refine"] == "ls"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_int8_embedding(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_model(tmp_path / "m", tied=tied)
@@ -147,7 +171,7 @@ def test_sharded_source_gives_the_same_checkpoint(
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "m", max_shard_size="100KB")
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 2
-    assert quantize(tmp_path / "m", tmp_path / "o").base_hash == result.base_hash
+    assert quantize(tmp_path / "m", tmp_path / "o", icq=True).base_hash == result.base_hash
 
 
 def test_stories260k(shared_data: Path, tmp_path: Path) -> None:
@@ -261,7 +285,7 @@ def run(*arguments: object) -> Any:
 
 
 def test_command_line(source: Path, tmp_path: Path, result: QuantizeReport) -> None:
-    done = run(source, "-o", tmp_path / "o", "--json")
+    done = run(source, "-o", tmp_path / "o", "--icq", "--json")
     assert done.exit_code == 0
     document = json.loads(done.stdout)
     assert document["quantize"]["base_hash"] == result.base_hash
@@ -288,7 +312,7 @@ def test_dry_run_writes_nothing_and_knows_the_size(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [["--tau", "none"], ["--numerics", "reference"]])
+@pytest.mark.parametrize("options", [["--icq", "--tau", "none"], ["--numerics", "reference"]])
 def test_contradictions_are_told_in_the_terms_of_the_command_line(
     source: Path, tmp_path: Path, options: list[str]
 ) -> None:

@@ -122,6 +122,7 @@ def test_importance_of_the_training_data(
         search = open_checkpoint(output).config["quantization_config"]["search"]
         measured = importance == "file" or (importance == "data" and enough == 64)
         assert search.get("importance", False) is measured
+        assert measured or search["icq"] is False  # nf4: the default of quantize
         assert ("is not measured" in result.stderr) is (importance == "data" and enough == 10**6)
 
 
@@ -181,17 +182,30 @@ def test_killed_and_resumed_is_the_same_run(finished: Path, source: Path) -> Non
     ours, theirs = (read_peft_adapter(path / "adapter") for path in (output, finished))
     for name, layer in theirs.layers.items():
         assert ours.layers[name].lora_b.tobytes() == layer.lora_b.tobytes()
-        assert ours.layers[name].beta1 == layer.beta1
+        assert (ours.layers[name].beta1, ours.layers[name].beta2) == (layer.beta1, layer.beta2)
 
 
 def test_qlora_is_the_run_without_iec_and_icq(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "qlora"
     more = ["--steps", "1", "--no-iec", "--no-icq", "--packing", "--eval-data", str(source / "data.json")]
-    report = invoke(*arguments(source, output, *more, "--eval-every", "1"))["train"]
+    report = invoke(*arguments(source, output, *more, "--eval-every", "1", "--tensorboard"))["train"]
     assert report["betas"] == 0
     assert report["eval_loss"] > 0
+    assert len(list((output / "train" / "tensorboard").glob("events.out.tfevents.*"))) == 1
     assert not read_peft_adapter(output / "adapter").has_iec
     assert {spec.tau for spec in open_checkpoint(output).quantization.modules.values()} == {"none"}
+
+
+def test_icq_is_there_for_the_asking(source: Path, tmp_path: Path) -> None:
+    """``--icq`` replaces the fit to the importance, and is refused beside one."""
+    invoke(*arguments(source, tmp_path / "run", "--steps", "1", "--icq"))
+    search = open_checkpoint(tmp_path / "run").config["quantization_config"]["search"]
+    assert (search["icq"], search["refine"]) == (True, "ls")
+    for flag in ("--icq", "--no-icq"):
+        more = [flag, "--importance", str(tmp_path / "file")]
+        result = CliRunner().invoke(main, arguments(source, tmp_path / "other", *more))
+        assert result.exit_code == UsageError.exit_code
+        assert "--importance" in result.stderr
 
 
 def test_a_quantised_model_trains_as_it_is(finished: Path, source: Path, tmp_path: Path) -> None:
@@ -243,7 +257,7 @@ def test_paper_recipe_is_the_default() -> None:
         "constant",
         16,
     )
-    assert (config.iec, config.icq, config.max_grad_norm, config.weight_decay) == (True, True, 0.3, 0)
+    assert (config.iec, config.icq, config.max_grad_norm, config.weight_decay) == (True, None, 0.3, 0)
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

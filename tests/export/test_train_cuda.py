@@ -55,12 +55,19 @@ def trained(data: Path, output: Path, *more: object) -> Checkpoint:
     return open_checkpoint(output)
 
 
-@pytest.mark.parametrize("codebook", ["nf4", "nf3", "nf2", "int4", "int3", "int2"])
-def test_the_search_inside_train_is_that_of_a_cpu(codebook: str, data: Path, tmp_path: Path) -> None:
-    ours = trained(data, tmp_path / "run", "--codebook", codebook, "--importance", "none")
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--codebook", codebook, "--icq"] for codebook in ("nf4", "nf3", "nf2", "int4", "int3", "int2")),
+        ["--codebook", "nf4"],  # plain and refit
+    ],
+    ids=" ".join,
+)
+def test_the_search_inside_train_is_that_of_a_cpu(options: list[str], data: Path, tmp_path: Path) -> None:
+    ours = trained(data, tmp_path / "run", *options, "--importance", "none")
     search = lambda blocks, config, book: _search(blocks, config, book, 1 << 15)  # noqa: E731
     with mock.patch("irq_export.icq_search._search_native", search):  # needs no compiled module
-        invoke("quantize", DEMO, "-o", tmp_path / "cpu", "--codebook", codebook, "--device", "cpu")
+        invoke("quantize", DEMO, "-o", tmp_path / "cpu", *options, "--device", "cpu")
     assert ours.base_hash == open_checkpoint(tmp_path / "cpu").base_hash  # of every bit of every tensor
     assert len(ours.blocks) == 28
 

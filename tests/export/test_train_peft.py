@@ -59,11 +59,11 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_quantising_on_load_is_quantising(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tied", "codebook"), [(True, "nf3"), (False, "nf4")])
+def test_quantising_on_load_is_quantising(tied: bool, codebook: str, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "float", tied=tied, intermediate_size=200)  # down_proj stays as it is
-    report = quantize(tmp_path / "float", tmp_path / "base", codebook="nf3", embedding="int8")
-    wish = IrqConfig(codebook="nf3", embedding="int8")
+    report = quantize(tmp_path / "float", tmp_path / "base", codebook=codebook, embedding="int8")
+    wish = IrqConfig(codebook=codebook, embedding="int8")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=wish)
     assert model.config.quantization_config.base_hash == report.base_hash
     assert isinstance(model.lm_head, IrqTiedHead) == tied
@@ -74,7 +74,7 @@ def test_quantising_on_load_is_quantising(tied: bool, tmp_path: Path) -> None:
 
 
 def test_wishes_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    for values in ({"codebok": "nf4"}, {"codebook": "int8"}, {"tau": "none"}):
+    for values in ({"codebok": "nf4"}, {"codebook": "int8"}, {"icq": True, "tau": "none"}):
         with pytest.raises(IrqError):
             IrqConfig(**values)
     save_tiny_model(tmp_path / "float")

@@ -27,7 +27,7 @@ def demo(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from irq_export.quantize_model import quantize
 
     folder = tmp_path_factory.mktemp("serve")
-    quantize(repo / "irq_export" / "demo_model", folder / "checkpoint", codebook="nf4", refine="none")
+    quantize(repo / "irq_export" / "demo_model", folder / "checkpoint", icq=True, refine="none")
     to_gguf(folder / "checkpoint", folder / "demo.gguf", profile="irq")
     return folder / "demo.gguf"
 
