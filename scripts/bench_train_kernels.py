@@ -6,6 +6,7 @@ them stand the floors measured in the same run: the time of the matrix products 
 
     python scripts/bench_train_kernels.py --json result.json
     python scripts/bench_train_kernels.py --smoke          # tiny shapes, also on a CPU: does everything run?
+    python scripts/bench_train_kernels.py --only cpu-search          # the C++ search, on any machine
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from irq_export import kernels
 from irq_export.block_linear import decode
 from irq_export.block_modules import IrqLinear
+from irq_export.icq import quantize_tensor
 from irq_export.icq_search import SIGMA, SearchConfig, search_blocks
 from irq_export.iec import IecLinear, add_elastic
 from irq_formats.blocks import BlockSpec, part_layout
@@ -142,6 +144,24 @@ def bench_search(size: int, rounds: int, device: torch.device) -> dict[str, dict
     with without_triton():
         table |= interleaved({"nf4, default, torch": run("nf4", SearchConfig())}, 3, device)
     return table | interleaved({"released-style": lambda: released_search(blocks)}, 2, device, 1)
+
+
+def bench_cpu_search(size: int, rounds: int) -> dict[str, dict[str, float]]:
+    """The C++ search, with torch's number of threads; and all that ``quantize`` does to a matrix."""
+    cpu = torch.device("cpu")
+    weight = torch.randn(size, size) * 0.02
+
+    def search(codebook: str, config: SearchConfig) -> Callable[[], object]:
+        return lambda: search_blocks(weight.view(-1, 64), codebook, config, with_tau=True)
+
+    runs = {
+        "nf4, default (ties by error, refit)": search("nf4", SearchConfig()),
+        "nf4, the paper's (first of ties)": search("nf4", SearchConfig(tie="first", refine="none")),
+        "int4, default": search("int4", SearchConfig()),
+        "nf4, default, stored": lambda: quantize_tensor(weight, BlockSpec("nf4"), SearchConfig()),
+        "nf4, no search, stored": lambda: quantize_tensor(weight, BlockSpec("nf4"), SearchConfig(icq=False)),
+    }
+    return interleaved(runs, rounds, cpu)
 
 
 # --- the layer ----------------------------------------------------------------------------------------
@@ -343,7 +363,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=11008)
-    parser.add_argument("--only", choices=["machine", "decode", "layer", "search"], nargs="+")
+    gpu = ["machine", "decode", "layer", "search"]
+    parser.add_argument("--only", choices=[*gpu, "cpu-search"], nargs="+", default=gpu)
     parser.add_argument("--compile", action="store_true", help="the layer under torch.compile too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true")
@@ -363,9 +384,10 @@ def main() -> None:
         "decode": lambda: bench_decode(hidden, inner, rounds, device),
         "layer": lambda: bench_layer(hidden, inner, tokens, rounds, device, arguments.compile),
         "search": lambda: bench_search(hidden, rounds, device),
+        "cpu-search": lambda: bench_cpu_search(hidden, 3),
     }
     for title, run in parts.items():
-        if arguments.only and title not in arguments.only:
+        if title not in arguments.only:
             continue
         rows = result[title] = run()
         print(f"\n{title}")

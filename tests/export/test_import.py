@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from irq_export.cli import main
 from irq_export.export.gguf import to_gguf
+from irq_export.export.onnx import to_onnx
 from irq_export.importers.bitsandbytes import check_decoding
 from irq_export.importers.run import ImportReport, import_checkpoint
 from irq_export.parity.metrics import compare
@@ -180,6 +181,14 @@ def test_verify_is_green(imported: ImportReport, tmp_path: Path) -> None:
     to_gguf(imported.output, tmp_path / "m.gguf")
     options = {"runtimes": ["reference", "native"], "positions": 24, "greedy": 4}
     report = verify(tmp_path / "m.gguf", against=imported.output, **options)
+    assert report.passed, report.to_text()
+
+
+def test_it_becomes_onnx_too(imported: ImportReport, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    to_onnx(imported.output, tmp_path / "onnx")
+    options = {"runtimes": ["onnxruntime"], "positions": 24, "greedy": 4}
+    report = verify(tmp_path / "onnx", against=imported.output, **options)
     assert report.passed, report.to_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -102,6 +103,28 @@ def test_clip_bounds_each_arm_alone() -> None:
     torch.testing.assert_close(adapters.beta.grad[0, 1, 1, 0], torch.tensor(0.3))
     torch.testing.assert_close(adapters.a["q"].grad[1, 0, 2, 5], torch.tensor(0.4))
     torch.testing.assert_close(adapters.b["v"].grad[0, 1, 0, 0], torch.tensor(0.2))
+
+
+def test_rows_add_up_over_runs(tmp_path: Path) -> None:
+    """A row that is there is not computed again; one of another seed or another number of steps is."""
+    from reproduce_paper import Rows
+
+    row = {"model": "m", "stage": "after", "codebook": "nf4", "arm": "QLoRA", "seed": 0, "steps": 5}
+    row |= {"data": "instruct"}
+    Rows(tmp_path / "rows.jsonl").add(row | {"loss": 1.0})
+    again = Rows(tmp_path / "rows.jsonl")
+    assert again.has(**row)
+    assert not again.has(**row | {"seed": 1})
+    assert not again.has(**row | {"steps": 6})
+
+
+def test_the_page_shows_what_the_rows_say(repo: Path) -> None:
+    """Every table of docs/paper.md is what the script prints from the committed rows."""
+    from _reproduce_table import compact, tables
+
+    lines = (repo / "docs" / "paper-rows.jsonl").read_text("utf-8").splitlines()
+    page = (repo / "docs" / "paper.md").read_text("utf-8")
+    assert tables([compact(json.loads(line)) for line in lines]).strip() in page
 
 
 def test_batches_pair_the_seeds() -> None:
