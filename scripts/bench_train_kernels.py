@@ -154,12 +154,15 @@ def bench_cpu_search(size: int, rounds: int) -> dict[str, dict[str, float]]:
     def search(codebook: str, config: SearchConfig) -> Callable[[], object]:
         return lambda: search_blocks(weight.view(-1, 64), codebook, config, with_tau=True)
 
+    def stored(config: SearchConfig) -> Callable[[], object]:
+        return lambda: quantize_tensor(weight, BlockSpec("nf4"), config)
+
     runs = {
-        "nf4, default (ties by error, refit)": search("nf4", SearchConfig()),
         "nf4, the paper's (first of ties)": search("nf4", SearchConfig(tie="first", refine="none")),
-        "int4, default": search("int4", SearchConfig()),
-        "nf4, default, stored": lambda: quantize_tensor(weight, BlockSpec("nf4"), SearchConfig()),
-        "nf4, no search, stored": lambda: quantize_tensor(weight, BlockSpec("nf4"), SearchConfig(icq=False)),
+        "nf4, ties by error": search("nf4", SearchConfig(refine="none")),
+        "int4, ties by error": search("int4", SearchConfig(refine="none")),
+        "nf4, --icq (ties by error, refit), stored": stored(SearchConfig()),
+        "nf4, no search but a refit, stored": stored(SearchConfig(icq=False)),
     }
     return interleaved(runs, rounds, cpu)
 
@@ -384,7 +387,7 @@ def main() -> None:
         "decode": lambda: bench_decode(hidden, inner, rounds, device),
         "layer": lambda: bench_layer(hidden, inner, tokens, rounds, device, arguments.compile),
         "search": lambda: bench_search(hidden, rounds, device),
-        "cpu-search": lambda: bench_cpu_search(hidden, 3),
+        "cpu-search": lambda: bench_cpu_search(hidden, 2),
     }
     for title, run in parts.items():
         if title not in arguments.only:
