@@ -49,7 +49,7 @@ def _all_options(command: Any) -> Any:
 @json_option
 @verb
 def command(config_file: Path | None, resume: bool, dry_run: bool, as_json: bool, **flags: Any) -> None:
-    """Fine-tune a model with IR-QLoRA; the defaults are the paper's.
+    """Fine-tune a model with IR-QLoRA; the defaults are the paper's, but for the search (docs/paper.md).
 
     MODEL is a Hugging Face directory in floating point, which is quantised first, or an IR-QLoRA checkpoint.
     The output directory is a checkpoint with its adapter: to-gguf and verify take it as it is.
