@@ -2,12 +2,14 @@
 
     scripts/bench_onnx.py                      the tables of docs/onnx-speed.md
     scripts/bench_onnx.py --sizes 2048 --threads 1 --tokens 1 16 --json out.json
+    scripts/bench_onnx.py --tokens 1 --layers 8    time of one product among eight of a session, as in a model
     scripts/bench_onnx.py --memory             resident memory: loading and running eight 4096 x 4096 layers
 
 All variants of a size are sessions in one process and take turns in random order, `--rounds` times; the table
 shows medians of wall time, and how many times faster one variant is than another, from one run. Before that,
-their results are held to each other. Codes are random. NF4 and INT4 have offsets (tau) in the body and in the
-library; MatMulBnb4 and MatMulNBits alone have none, so they do less.
+their results are held to each other. Inputs and outputs are bound: between variants that empty the caches,
+handing numpy arrays to any operator and back costs some 50 us. Codes are random. NF4 and INT4 have offsets
+(tau) in the body and in the library; MatMulBnb4 and MatMulNBits alone have none, so they do less.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -55,7 +58,7 @@ RATIOS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Median milliseconds of one variant."""
+    """Median milliseconds of one product of one variant."""
 
     size: int
     threads: int
@@ -72,14 +75,14 @@ def add_linear(ops: Ops, variant: str, size: int, a: ir.Value, name: str) -> tup
     flat = how == "MatMulBnb4"
     values: dict[str, NDArray[np.generic]] = {
         "codes": rng.integers(0, 256, (size, nb, BLOCK // 2), dtype=np.uint8),
-        "scale": rng.random((size, nb), dtype=np.float32),
+        "scale": rng.random((size, nb), dtype=np.float32) / np.float32(size**0.5),  # products keep their size
     }
     if codebook == "nf4":
         values["codes"] = values["codes"].reshape(-1) if flat else values["codes"].reshape(size, -1)
     if flat:
         values["scale"] = values["scale"].reshape(-1)
     if how in ("library", "body"):
-        values["tau"] = rng.normal(0, 0.05, (size, nb)).astype(np.float32)
+        values["tau"] = rng.normal(0, 0.05 / size**0.5, (size, nb)).astype(np.float32)
     initialisers = [
         ir.Value(name=f"{name}.{key}", const_value=ir.Tensor(value, name=f"{name}.{key}"))
         for key, value in values.items()
@@ -127,31 +130,44 @@ def check_agreement(sessions: dict[str, onnxruntime.InferenceSession], size: int
     for codebook in ("nf4", "int4"):
         ours, body = (sessions[f"{codebook} {how}"].run(None, {"A": a})[0] for how in ("library", "body"))
         nmse = float(np.mean((ours - body) ** 2) / np.var(body))
-        if nmse > 1e-11:  # two float32 sums of 4096 terms: each up to 4096 * 2^-48 / 3
+        if nmse > 1e-11:  # two float32 sums of 4096 terms, each up to 4096 * 2^-48 / 3, eight times
             raise SystemExit(f"{codebook}: library and body differ, NMSE {nmse}")
 
 
-def measure(folder: Path, size: int, threads: int, tokens: list[int], rounds: int) -> list[Row]:
+def bind(session: onnxruntime.InferenceSession, a: NDArray[np.float32]) -> Any:
+    """``a`` as input, and memory for an output of its shape."""
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("A", onnxruntime.OrtValue.ortvalue_from_numpy(a))
+    binding.bind_ortvalue_output("Y", onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros_like(a)))
+    return binding
+
+
+def measure(
+    folder: Path, size: int, threads: int, tokens: list[int], rounds: int, layers: int = 1
+) -> list[Row]:
+    """Rows of every number of tokens, with sessions of ``layers`` products."""
     sessions = {}
     for variant in VARIANTS:
         path = folder / f"{variant}-{size}.onnx".replace(" ", "-")
         if not path.exists():
-            write_model(path, variant, size)
+            write_model(path, variant, size, layers)
         sessions[variant] = open_session(path, variant, threads)
     check_agreement(sessions, size)
     shuffled = np.random.default_rng(2)
     rows = []
     for m in tokens:
         a = np.random.default_rng(1).normal(0, 1, (m, size)).astype(np.float32)
+        bindings = {variant: bind(session, a) for variant, session in sessions.items()}
         seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for _ in range(max(5, rounds if m < 64 else rounds // 4)):
             for variant in shuffled.permutation(list(VARIANTS)):  # who comes before decides what is in cache
-                session = sessions[variant]
+                session, binding = sessions[variant], bindings[variant]
                 begin = time.perf_counter()
-                session.run(None, {"A": a})
+                session.run_with_iobinding(binding)
                 seconds[variant].append(time.perf_counter() - begin)
         rows += [
-            Row(size, threads, m, variant, 1e3 * median(taken[1:])) for variant, taken in seconds.items()
+            Row(size, threads, m, variant, 1e3 * median(taken[1:]) / layers)
+            for variant, taken in seconds.items()
         ]
         show(rows[-len(VARIANTS) :])
     return rows
@@ -204,6 +220,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 512])
     parser.add_argument("--rounds", type=int, default=31, help="a quarter of it from 64 tokens on")
+    parser.add_argument("--layers", type=int, default=1, help="products in a session, one after the other")
     parser.add_argument("--memory", action="store_true", help="measure memory, not speed")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -216,7 +233,7 @@ def main() -> None:
         print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))
         rows: list[Row] = []
         for size, threads in product(args.sizes, args.threads):
-            rows += measure(Path(name), size, threads, args.tokens, args.rounds)
+            rows += measure(Path(name), size, threads, args.tokens, args.rounds, args.layers)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return None

@@ -169,7 +169,7 @@ std::string message_of(OrtStatus *status) {
     return owned == nullptr ? "" : owned->message;
 }
 
-constexpr std::int64_t k = 320, n = 77;
+constexpr std::int64_t k = 1216, n = 77;  // vectors of blocks, steps of 128 columns and tiles end within
 
 struct Node {
     const OrtCustomOp *op;

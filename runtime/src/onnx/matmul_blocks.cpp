@@ -4,9 +4,11 @@
 #include <atomic>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <new>
 
 #include "halves.h"
+#include "row_gemv.h"
 #include "tiled_gemm.h"
 
 namespace irq::onnx {
@@ -16,6 +18,7 @@ constexpr std::size_t few_tokens = 8;  // up to here the row-wise kernels are fa
 constexpr std::size_t tokens_per_task = 2;
 constexpr std::size_t rows_per_panel_task = 64;
 constexpr std::size_t products_per_task = std::size_t{1} << 18;  // multiplications: some microseconds
+constexpr std::size_t codes_per_task = std::size_t{1} << 18;     // bytes, of one token: ten microseconds
 constexpr std::size_t flipped_bytes = std::size_t{1} << 16;      // INT8 codes that a task flips at a time
 
 [[noreturn]] void refuse(irq_codebook codebook, const std::string &what) {
@@ -199,6 +202,8 @@ void MatMulBlocks::compute(OrtKernelContext *context) const {
     const std::unique_ptr<float[]> floats(is_half() ? new float[tokens * shape_.rows] : nullptr);
     float *const result = is_half() ? floats.get() : static_cast<float *>(y);
     const Call call{*this, context, weight(context), tokens, a.data, y, result};
+    const RowGemv *gemv = row_gemv_for(shape_);
+    if (tokens == 1 && gemv != nullptr) return multiply_one(call, *gemv);
     const TiledGemm *tiled = tiled_gemm_for(shape_);
     if (tokens > few_tokens && tiled != nullptr) return multiply_many(call, *tiled);
     multiply_few(call);
@@ -212,6 +217,19 @@ void MatMulBlocks::multiply_many(const Call &call, const TiledGemm &gemm) const 
     });
     call.share_out(shape_.rows, rows_per_panel_task, [&](std::size_t r0, std::size_t r1) {
         gemm.multiply(call.weight, packed.get(), call.tokens, r0, r1, call.result, shape_.rows);
+        call.finish_rows(r0, r1);
+    });
+}
+
+// onnxruntime's threads sleep between runs and take 30 to 50 us to wake: they are called before anything else is
+// done, and tasks are small enough that whoever is awake goes on.
+void MatMulBlocks::multiply_one(const Call &call, const RowGemv &gemv) const {
+    const std::unique_ptr<float[]> prepared(new float[gemv.size(shape_)]);
+    std::once_flag is_prepared;
+    const std::size_t rows_per_task = round_up(std::max<std::size_t>(1, codes_per_task / shape_.row_bytes()), row_tile);
+    call.share_out(shape_.rows, rows_per_task, [&](std::size_t r0, std::size_t r1) {
+        std::call_once(is_prepared, [&] { gemv.prepare(shape_, call.a, is_half(), prepared.get()); });
+        gemv.multiply(call.weight, prepared.get(), r0, r1, call.result);
         call.finish_rows(r0, r1);
     });
 }

@@ -10,6 +10,7 @@
 
 namespace irq::onnx {
 
+struct RowGemv;
 struct TiledGemm;
 
 enum Input : std::size_t { input_a, input_codes, input_scale, input_tau, input_count };
@@ -31,6 +32,7 @@ class MatMulBlocks {
     void check_values(const Tensor &tensor, Input input) const;
     bool is_half() const { return type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16; }
 
+    void multiply_one(const Call &call, const RowGemv &gemv) const;
     void multiply_few(const Call &call) const;
     void multiply_many(const Call &call, const TiledGemm &gemm) const;
     const float *ordered_input(const Call &call, std::size_t t, float *scratch) const;
