@@ -120,7 +120,7 @@ class SearchConfig:
         Args:
             codebook: Of the codes.
             icq: Whether to search. None: for every codebook but nf4, and for nf4 where ``objective`` or
-                ``tie`` says how.
+                ``tie`` is not the default.
             **values: The other fields.
 
         Raises:

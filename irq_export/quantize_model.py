@@ -139,7 +139,7 @@ def quantize(
         block_size: Weights per block, 64 or 32. A matrix whose input is no multiple stays as it is.
         icq: Search an offset per block that maximises the entropy of the codes; otherwise scales start from
             the absolute maximum. None: for every codebook but nf4, where it does not pay (docs/paper.md),
-            and for nf4 where ``objective`` or ``tie`` says how.
+            and for nf4 where ``objective`` or ``tie`` is not the default.
         tie: Among equally good offsets ``mse`` takes the least squared error, ``first`` the released choice.
         refine: ``ls`` refits scale and offset by least squares after the search; ``none`` is the paper.
         objective: ``entropy``, or ``mse`` to search for the least squared error instead.

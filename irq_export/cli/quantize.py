@@ -29,7 +29,7 @@ __all__ = ["command"]
     default=None,
     help="Search an offset per block for the entropy of the codes, or start from the absolute maximum; "
     "--no-icq --refine none --tau none is plain QLoRA.  [default: --icq for every codebook but nf4, where it "
-    "does not pay; for nf4 where --objective or --tie says how]",
+    "does not pay; for nf4 too with --objective mse or --tie first]",
 )
 @click.option(
     "--objective",
