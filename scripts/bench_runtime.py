@@ -6,11 +6,12 @@
         --tests pp128 tg32 --name 7b --work ../speed
 
 Every row is a process of its own that stays open (runtime_rows.py); the rows are visited in turn, `--rounds`
-times, and the medians are shown, so that a slow minute of the machine hits all of them. Ours generates
-greedily through `Engine`, arg-max included; llama.cpp is the server of the wheel `xllamacpp` with its own
-defaults (fp16 cache, repacked weights, flash attention as it likes) and its own `timings`, and, with
---llama-python, another build in another environment, through bare `llama_decode`. A ratio compares, round by
-round, with the fastest row of llama.cpp whose file is at most a tenth larger than ours. With --f32 the files
+times, and the medians are shown, so that a slow minute of the machine hits all of them. Ours decodes known
+tokens through `Engine`, logits to Python included (float32 cache); llama.cpp is the server of the wheel
+`xllamacpp` with its own defaults (fp16 cache, repacked weights, flash attention as it likes) and its own
+`timings`, and, with --llama-python, another build in another environment, through bare `llama_decode` of known
+tokens. A ratio compares, round by round, with the fastest row of llama.cpp whose file is at most a tenth
+larger than ours. With --f32 the files
 of the peers are made here, embedding in Q8_0 as llama-quantize does, and quality is measured; files of random
 bytes (make_synthetic.py) have none. Each run writes its tables under its --name; the others are kept.
 """

@@ -24,6 +24,7 @@ F64 = NDArray[np.float64]
 ISAS = ("scalar", "scalar8", "avx2", "avx512", "neon")
 TABLE_ERROR = 0.0045  # of the largest level: 8-bit tables (src/kernels/matrix.cpp)
 BYTES = ("scalar8", "avx512")  # multiply bytes in fast mode, the others words
+FEW_TOKENS = 8  # irq/kernels.h: inputs of so many are prepared for gemv
 STOCK = (GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1)
 CODECS = [(name, size) for name in CODEBOOKS for size in ((32,) if name == "int8" else (32, 64))]
 
@@ -185,20 +186,23 @@ def test_fast_products(isa: str, name: str, block_size: int, tokens: int) -> Non
     x = inputs(tokens, case.weight.shape[1]).astype(np.float64)
     expected = x @ case.weight.astype(np.float64).T
     actual = case.native.matmul(x.astype(np.float32), "fast", 2)
-    # An input is off by half a step of its span; a level by at most half a step of the table, or TABLE_ERROR;
-    # their product and float32 rounding by less than a hundredth of the two.
+    # An input is off by half a step of its span or group (in gemv of bytes a whole one: a low code of 128 is
+    # stored as 127); a level by at most half a step of the table, or TABLE_ERROR; their product and float32
+    # rounding by less than a hundredth of the two.
     largest = np.abs(case.terms).reshape(71, -1, block_size).max(axis=2).repeat(block_size, axis=1)
-    half_step, table_error = (
-        half_steps(x, 64, 254 if isa in BYTES else 4094),
-        TABLE_ERROR if isa in BYTES else 1 / 32766,
-    )
+    if isa not in BYTES:
+        step, table_error = half_steps(x, 64, 4094), 1 / 32766
+    elif tokens > FEW_TOKENS:
+        step, table_error = half_steps(x, 32, 254), TABLE_ERROR
+    else:
+        step, table_error = half_steps(x, 64, 127 * 256), TABLE_ERROR
     if name.startswith("int"):
         table_error = 0.0
-    bound = 1.01 * (half_step @ case.terms.T + np.abs(x) @ (table_error * 2 * largest).T)
+    bound = 1.01 * (step @ case.terms.T + np.abs(x) @ (table_error * 2 * largest).T)
     rounding = UNIT_ROUNDOFF * x.shape[1] * (np.abs(x) @ (2 * largest + np.abs(case.tau)).T)
     assert (np.abs(actual - expected) <= bound + rounding).all()
     is_exact_table = name.startswith("int")
-    assert np.mean((actual - expected) ** 2) <= fast_nmse(isa, is_exact_table) * np.mean(expected**2)
+    assert np.mean((actual - expected) ** 2) <= fast_nmse(isa, tokens, is_exact_table) * np.mean(expected**2)
 
 
 def half_steps(x: F64, group: int, steps: int) -> F64:
@@ -209,10 +213,11 @@ def half_steps(x: F64, group: int, steps: int) -> F64:
     return np.repeat(largest / steps, group, axis=1)[:, : x.shape[1]]
 
 
-def fast_nmse(isa: str, is_exact_table: bool) -> float:
+def fast_nmse(isa: str, tokens: int, is_exact_table: bool) -> float:
     if isa not in BYTES:
         return KERNEL_FAST_NMSE
-    return KERNEL_BYTES_NMSE["inputs"] + (0.0 if is_exact_table else KERNEL_BYTES_NMSE["table"])
+    inputs_part = KERNEL_BYTES_NMSE["gemm" if tokens > FEW_TOKENS else "gemv"]
+    return inputs_part + (0.0 if is_exact_table else KERNEL_BYTES_NMSE["table"])
 
 
 @pytest.mark.parametrize("type_", [GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1])
@@ -222,7 +227,7 @@ def test_fast_products_of_stock_formats(isa: str, type_: GgmlType) -> None:
         x = inputs(tokens, 1184)
         expected = x.astype(np.float64) @ case.weight.astype(np.float64).T
         actual = case.native.matmul(x, "fast")
-        assert np.mean((actual - expected) ** 2) <= fast_nmse(isa, True) * np.mean(expected**2)
+        assert np.mean((actual - expected) ** 2) <= fast_nmse(isa, tokens, True) * np.mean(expected**2)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])

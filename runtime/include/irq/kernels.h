@@ -5,8 +5,8 @@
 //   gemv, gemm   any range of rows: threads split the rows, nothing is shared but read-only memory
 //
 // Two modes. `exact`: float32 weights by table look-up, float32 sums. `fast`: integer sums inside a block,
-// float32 across blocks, of inputs in 12 bits and 16-bit tables, or (avx512) of inputs in 8 bits and 8-bit tables; float
-// carriers (f32, f16, bf16) are exact in both. No function here allocates, except the constructor of Activations.
+// float32 across blocks, of inputs in 12 bits and 16-bit tables, or (avx512) of inputs in 8 bits (gemv: twice 8) and 8-bit tables;
+// float carriers (f32, f16, bf16) are exact in both. No function here allocates, except the constructor of Activations.
 // Pointers need only their element's alignment. Arrays are dense and row-major.
 #pragma once
 
@@ -57,19 +57,21 @@ enum class Mode : std::uint8_t { exact, fast };
 
 inline constexpr std::size_t group_size = 32;  // the smaller block: inputs have a sum for each
 inline constexpr std::size_t span_size = 64;   // the larger block: a sum and one integer scale for each
+inline constexpr std::size_t few_tokens = 8;   // up to here fast mode prepares inputs for gemv, beyond for gemm
 inline constexpr std::size_t row_tile = 32;    // row ranges for threads are best cut at multiples of this
 
 // One input vector. From `scale` on null in exact mode. Sets of instructions that multiply words read `codes`;
-// those that multiply bytes read `bytes` and both starts.
+// those that multiply bytes read `bytes` and the starts.
 struct TokenInput {
-    float *x;             // (stride,)
-    float *sum;           // (stride / 32,): of x
-    float *span_sum;      // (stride / 64,): of x
-    float *scale;         // (stride / 64,): x is about scale * code
-    std::int32_t *start;  // (stride / 32,): -128 times the sum of the bytes
-    std::int32_t *span_start;  // (stride / 64,): the same
-    std::int16_t *codes;  // (stride,), -2047 to 2047
-    std::int8_t *bytes;   // (stride,), -127 to 127; in the memory of codes
+    float *x;                  // (stride,)
+    float *sum;                // (stride / 32,): of x
+    float *span_sum;           // (stride / 64,): of x
+    float *scale;              // (stride / 64,) or, bytes for gemm, (stride / 32,)
+    std::int32_t *start;       // (stride / 32,): -128 times the sum of the bytes
+    std::int32_t *span_start;  // (stride / 64,): the same, for gemv
+    std::int16_t *codes;       // (stride,), -2047 to 2047: x is about scale * code
+    std::int8_t *bytes;        // in the memory of codes. For gemm (stride,): x is about scale * byte. For gemv
+                               // (stride / 64, 2, 64), high and low: scale * (high + low / 256)
 };
 
 // Input vectors ready for products. Rows are padded with zeros to a multiple of 64 columns; the columns of
@@ -112,7 +114,7 @@ enum class Store : std::uint8_t { set, add };
 void dequantize_rows(const Matrix &w, std::size_t r0, std::size_t r1, float *weight);
 
 // y[r] = sum_i w[r, i] * x[i] for r in [r0, r1); x is token `token` of the activations, whose columns
-// must equal the matrix's. y is indexed by r itself.
+// must equal the matrix's, and which are few_tokens at most in fast mode. y is indexed by r itself.
 void gemv(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
           Store store = Store::set);
 

@@ -9,14 +9,12 @@
 namespace irq {
 namespace {
 
-// Up to here each token is multiplied as if it were alone, a few rows at a time, which stay in the cache from
-// token to token: a text has the same bits whatever is decoded beside it. A gemm is no faster below eight
-// tokens in fast mode, and a third faster in exact mode at eight.
-constexpr std::size_t alike_tokens = 8;
-
+// Up to few_tokens each token is multiplied as if it were alone, a few rows at a time, which stay in the cache from
+// token to token: a text has the same bits whatever is decoded beside it. A gemm is no faster there in fast mode, and
+// a third faster in exact mode at eight.
 void product(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
              Store store) {
-    if (x.tokens() > alike_tokens) return gemm(w, x, r0, r1, y, ldy, store);
+    if (x.tokens() > few_tokens) return gemm(w, x, r0, r1, y, ldy, store);
     if (x.tokens() == 1) return gemv(w, x, 0, r0, r1, y, store);
     for (std::size_t r = r0; r < r1; r += row_tile) {
         const std::size_t end = std::min(r + row_tile, r1);
@@ -94,7 +92,7 @@ void Engine::multiply(const Activations &x, const Projection *projections, std::
     }
     // Several ranges a thread even out what threads get done, but each begins with cold memory: a megabyte at least.
     const std::size_t threads = pool_.size(), most = threads * 6;
-    const std::size_t wanted = x.tokens() > alike_tokens ? most : std::clamp(bytes >> 20, threads, most);
+    const std::size_t wanted = x.tokens() > few_tokens ? most : std::clamp(bytes >> 20, threads, most);
     const std::size_t share = threads == 1 ? rows : rows / wanted;
     const std::size_t chunk = std::max(share / row_tile, std::size_t{1}) * row_tile;
     std::size_t ranges = 0;

@@ -118,7 +118,8 @@ void score_tiles(const float *q, const Element *keys, std::size_t head_dim, floa
     std::size_t d = 0;
     for (; d + U <= head_dim; d += U) {
         for (std::size_t u = 0; u < U; ++u) {
-            for (std::size_t t = 0; t < T; ++t) total[u][t] += q[d + u] * load(keys + (t * head_dim + d + u) * lanes);
+            const Element *of_dimension = keys + (d + u) * lanes;
+            for (std::size_t t = 0; t < T; ++t) total[u][t] += q[d + u] * load(of_dimension + t * head_dim * lanes);
         }
     }
     for (; d < head_dim; ++d) {

@@ -1,5 +1,6 @@
 // Fast mode on AVX-512 VNNI: vpdpbusd multiplies unsigned 8-bit codes of weights by signed 8-bit codes of inputs and
-// adds four. Inputs have a scale for every 64 columns.
+// adds four. Inputs of gemv are scale * (high + low / 256), a scale for every 64 columns: the second product of the
+// same unpacked weights takes the rounding of the inputs away. Those of gemm are scale * code, a scale for every 32.
 //
 // Codes of weights count from 128 below level 0, so 128 times the inputs is taken off what comes out: the rounding
 // of an input meets a level and not its distance from the lowest one. The residual offset of a table is 0 for the
@@ -12,7 +13,56 @@
 namespace irq {
 namespace {
 
-inline void prepare_bytes(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
+inline float largest_of(const __m512 *v, std::size_t n) {
+    __m512 largest = _mm512_abs_ps(v[0]);
+    for (std::size_t i = 1; i < n; ++i) largest = _mm512_max_ps(largest, _mm512_abs_ps(v[i]));
+    return _mm512_reduce_max_ps(largest);
+}
+
+// -128 times the sums of the bytes of both groups of a span.
+inline void start_sums(const std::int8_t *bytes, std::int32_t out[2]) {
+    const __m512i unsigned_128 = _mm512_set1_epi8(-128);
+    const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), unsigned_128, _mm512_loadu_si512(bytes));
+    out[0] = -_mm512_mask_reduce_add_epi32(0x00ff, sums);
+    out[1] = -_mm512_mask_reduce_add_epi32(0xff00, sums);
+}
+
+// The span's 64 high codes, then its 64 low ones.
+inline void prepare_for_gemv(const __m512 v[4], std::size_t s, const TokenInput &out) {
+    const float top = largest_of(v, 4);
+    const __m512 rate = _mm512_set1_ps(code_rate(top, largest_byte));
+    std::int8_t *bytes = out.bytes + s * (2 * span_size);
+    for (std::size_t i = 0; i < 4; ++i) {
+        const __m512 value = _mm512_mul_ps(v[i], rate);
+        const __m512i high = _mm512_cvtps_epi32(value);
+        const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(value, _mm512_cvtepi32_ps(high)), _mm512_set1_ps(low_terms));
+        auto *to = reinterpret_cast<__m128i *>(bytes + 16 * i);
+        _mm_storeu_si128(to, _mm512_cvtepi32_epi8(high));
+        _mm_storeu_si128(to + span_size / 16, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(rest)));  // 128 becomes 127
+    }
+    std::int32_t low[2];
+    start_sums(bytes, out.start + 2 * s);
+    start_sums(bytes + span_size, low);
+    for (std::size_t g = 0; g < 2; ++g) out.start[2 * s + g] = out.start[2 * s + g] * 256 + low[g];
+    out.span_start[s] = out.start[2 * s] + out.start[2 * s + 1];
+    out.scale[s] = top / largest_byte;
+}
+
+inline void prepare_for_gemm(const __m512 v[4], std::size_t s, const TokenInput &out) {
+    std::int8_t *bytes = out.bytes + s * span_size;
+    for (std::size_t g = 0; g < 2; ++g) {
+        const float top = largest_of(v + 2 * g, 2);
+        const __m512 rate = _mm512_set1_ps(code_rate(top, largest_byte));
+        for (std::size_t i = 2 * g; i < 2 * g + 2; ++i) {
+            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], rate));
+            _mm_storeu_si128(reinterpret_cast<__m128i *>(bytes + 16 * i), _mm512_cvtepi32_epi8(code));
+        }
+        out.scale[2 * s + g] = top / largest_byte;
+    }
+    start_sums(bytes, out.start + 2 * s);
+}
+
+inline void prepare_bytes(const float *x, std::size_t columns, std::size_t stride, bool for_gemv, const TokenInput &out) {
     std::memcpy(out.x, x, columns * sizeof(float));
     for (std::size_t i = columns; i < stride; ++i) out.x[i] = 0.0f;
     for (std::size_t s = 0; s < stride / span_size; ++s) {
@@ -22,25 +72,9 @@ inline void prepare_bytes(const float *x, std::size_t columns, std::size_t strid
         out.sum[2 * s + 1] = _mm512_reduce_add_ps(_mm512_add_ps(v[2], v[3]));
         out.span_sum[s] = out.sum[2 * s] + out.sum[2 * s + 1];
         if (out.codes == nullptr) continue;
-        if (!std::isfinite(out.span_sum[s])) {
-            mark_not_finite(out, out.bytes, s);
-            continue;
-        }
-        const __m512 lower = _mm512_max_ps(_mm512_abs_ps(v[0]), _mm512_abs_ps(v[1]));
-        const __m512 upper = _mm512_max_ps(_mm512_abs_ps(v[2]), _mm512_abs_ps(v[3]));
-        const float top = _mm512_reduce_max_ps(_mm512_max_ps(lower, upper));
-        const __m512 rate = _mm512_set1_ps(code_rate(top, largest_byte));
-        for (std::size_t i = 0; i < 4; ++i) {
-            const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], rate));
-            auto *to = reinterpret_cast<__m128i *>(out.bytes + s * span_size + 16 * i);
-            _mm_storeu_si128(to, _mm512_cvtepi32_epi8(code));
-        }
-        out.scale[s] = top / largest_byte;
-        const __m512i bytes = _mm512_loadu_si512(out.bytes + s * span_size), unsigned_128 = _mm512_set1_epi8(-128);
-        const __m512i offset = _mm512_dpbusd_epi32(_mm512_setzero_si512(), unsigned_128, bytes);
-        out.start[2 * s] = -_mm512_mask_reduce_add_epi32(0x00ff, offset);
-        out.start[2 * s + 1] = -_mm512_mask_reduce_add_epi32(0xff00, offset);
-        out.span_start[s] = out.start[2 * s] + out.start[2 * s + 1];
+        if (!std::isfinite(out.span_sum[s])) mark_not_finite_bytes(out, for_gemv, s);
+        else if (for_gemv) prepare_for_gemv(v, s, out);
+        else prepare_for_gemm(v, s, out);
     }
 }
 
@@ -54,10 +88,10 @@ template <class S, class L>
 class ByteDot {
   public:
     ByteDot(const Matrix &w, const TokenInput &x, std::size_t column, std::size_t n, std::size_t ahead)
-        : n_(n), ahead_(ahead), in_(x.bytes + column), start_(block_starts<L>(x) + column / L::block),
+        : n_(n), ahead_(ahead), in_(x.bytes + 2 * column), start_(block_starts<L>(x) + column / L::block),
           in_scale_(x.scale + column / span_size), sum_(block_sums<L>(x) + column / L::block),
           codes_(S::template codes<L>(byte_table_of(w), byte_bias - byte_table_of(w).bias)),
-          step_(_mm512_set1_ps(byte_table_of(w).step)), offset_(_mm512_set1_ps(residual_offset(byte_table_of(w)))) {}
+          step_(_mm512_set1_ps(byte_table_of(w).step / low_terms)), offset_(_mm512_set1_ps(residual_offset(byte_table_of(w)))) {}
 
     void operator()(const RowPair &rows, __m512 total[2]) const {
         alignas(64) float both[2][max_blocks + slack];  // scales of weights and inputs, multiplied
@@ -79,31 +113,33 @@ class ByteDot {
 #pragma GCC unroll 4
             for (; b + 2 <= n_; b += 2) {
                 prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 4 * L::stride);
-                const std::int8_t *in = in_ + b * L::block;
-                const __m512i lower = halves(in, in + L::block), upper = halves(in + L::block / 2, in + 3 * L::block / 2);
+                const std::int8_t *in = in_ + b * (2 * L::block);  // high and low of one span, then of the next
+                constexpr std::size_t next = 2 * L::block, half = L::block / 2;
+                const __m512i lower[2] = {halves(in, in + next), halves(in + 2 * half, in + next + 2 * half)};
+                const __m512i upper[2] = {halves(in + half, in + next + half), halves(in + 3 * half, in + next + 3 * half)};
                 for (std::size_t r = 0; r < 2; ++r) {
                     const __m512i codes = _mm512_loadu_si512(rows.codes[r] + b * L::stride);
                     const __m512i low = _mm512_permutexvar_epi8(codes, codes_.low);
                     const __m512i high = _mm512_permutexvar_epi8(_mm512_srli_epi64(codes, 4), codes_.low);
-                    const __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, lower);
-                    const __m512 product = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(part, high, upper));
-                    sums[r] = _mm512_fmadd_ps(product, S::halves(both[r] + b), sums[r]);
+                    __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, lower[0]);
+                    part = _mm512_slli_epi32(_mm512_dpbusd_epi32(part, high, upper[0]), 8);
+                    part = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(part, low, lower[1]), high, upper[1]);
+                    sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), S::halves(both[r] + b), sums[r]);
                 }
             }
         }
 #pragma GCC unroll 2
         for (; b + per_step <= n_; b += per_step) {
             prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 2 * per_step * L::stride);
-            const __m512i in = _mm512_loadu_si512(in_ + b * L::block);
             for (std::size_t r = 0; r < 2; ++r) {
-                const __m512 part = product(rows.codes[r] + b * L::stride, in);
+                const __m512 part = product(rows.codes[r] + b * L::stride, in_ + b * (2 * L::block));
                 sums[r] = _mm512_fmadd_ps(part, scale_of(both[r] + b), sums[r]);
             }
         }
         for (std::size_t r = 0; b < n_ && r < 2; ++r) {
             std::uint8_t last[2 * L::stride] = {};  // a block of zeros behind the last one
             std::memcpy(last, rows.codes[r] + b * L::stride, L::stride - L::lead);
-            const __m512 part = product(last, _mm512_loadu_si512(in_ + b * L::block));
+            const __m512 part = product(last, in_ + b * (2 * L::block));
             sums[r] = _mm512_mask3_fmadd_ps(part, _mm512_set1_ps(both[r][b]), sums[r], 0x00ff);
         }
         for (std::size_t r = 0; r < 2; ++r) total[r] = _mm512_fmadd_ps(sums[r], step_, total[r]);
@@ -123,8 +159,11 @@ class ByteDot {
         return _mm512_inserti64x4(_mm512_castsi256_si512(S::load256(p)), S::load256(q), 1);
     }
 
-    __m512 product(const std::uint8_t *p, __m512i in) const {
-        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), S::template unpack<L>(p, codes_), in));
+    __m512 product(const std::uint8_t *p, const std::int8_t *in) const {
+        const __m512i weight = S::template unpack<L>(p, codes_);
+        const __m512i high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weight, _mm512_loadu_si512(in));
+        const __m512i low = _mm512_loadu_si512(in + span_size);
+        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), weight, low));
     }
 
     static __m512 scale_of(const float *scale) {

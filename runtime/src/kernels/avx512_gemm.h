@@ -92,7 +92,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
     for (std::size_t t = 0; t < T; ++t) {
         in[t] = x.token(token + t);
         in[t].start += column / group_size;
-        in[t].scale += column / span_size;
+        in[t].scale += column / group_size;
         in[t].bytes += column;
         sums[t] = block_sums<L>(in[t]) + column / L::block;
     }
@@ -123,7 +123,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
         for (std::size_t r = 0; r < R; ++r) {
             const __m512 scale = _mm512_load_ps(&panel.scale[b][16 * r]);
             for (std::size_t t = 0; t < T; ++t) {
-                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in[t].scale[g / 2]));
+                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in[t].scale[g]));
                 total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][t]), both, total[r][t]);
             }
         }

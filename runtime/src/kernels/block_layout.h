@@ -116,10 +116,16 @@ inline float float_at(Format format, const std::uint8_t *row, std::size_t i) {
 
 // For a span whose sum is not finite: every fast product with it is NaN. A fuzzer found the conversion of NaN to an
 // integer that this avoids (a file may hold NaN weights).
-template <class Code>
-void mark_not_finite(const TokenInput &out, Code *codes, std::size_t span) {
-    std::memset(codes + span * span_size, 0, span_size * sizeof *codes);
+inline void mark_not_finite(const TokenInput &out, std::size_t span) {
+    std::memset(out.codes + span * span_size, 0, span_size * sizeof *out.codes);
     out.scale[span] = std::numeric_limits<float>::quiet_NaN();
+}
+
+inline void mark_not_finite_bytes(const TokenInput &out, bool for_gemv, std::size_t span) {
+    const std::size_t size = for_gemv ? 2 * span_size : span_size;
+    std::memset(out.bytes + span * size, 0, size);
+    if (for_gemv) out.scale[span] = std::numeric_limits<float>::quiet_NaN();
+    else out.scale[2 * span] = out.scale[2 * span + 1] = std::numeric_limits<float>::quiet_NaN();
     out.start[2 * span] = out.start[2 * span + 1] = out.span_start[span] = 0;
 }
 

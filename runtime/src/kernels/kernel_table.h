@@ -8,7 +8,7 @@ namespace irq {
 
 struct KernelTable {
     // Fills `out` from x (columns,); the arrays behind it are `stride` columns long.
-    void (*prepare)(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out);
+    void (*prepare)(const float *x, std::size_t columns, std::size_t stride, bool for_gemv, const TokenInput &out);
     void (*dequantize_rows)(const Matrix &w, std::size_t r0, std::size_t r1, float *weight);
     void (*gemv)(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1,
                  float *y, Store store);
@@ -38,7 +38,7 @@ constexpr int largest_weight_code = 16383, largest_input_code = 2047;
 
 // Bytes: unsigned 8 bits by signed 8 bits. level[q] is offset + step * code[q], exact for the integer
 // codebooks; the others are the least-squares fit under a Gaussian's code frequencies (NMSE of the weights
-// 1.1e-5).
+// 1.1e-5). An input is scale * (high + low / 256) for gemv, scale * code for gemm.
 struct ByteTable {
     std::uint8_t code[16];
     std::uint8_t bias;  // about the code of level 0; code - bias + 128 still fits 8 bits
@@ -46,9 +46,10 @@ struct ByteTable {
 };
 
 constexpr int largest_byte = 127, byte_bias = 128;
+constexpr float low_terms = 256;
 
 // Up to here gemm multiplies token by token, as gemv would: decoding costs more than it saves.
-constexpr std::size_t few_tokens = 4;
+inline bool is_few(const Activations &x) { return x.tokens() <= (x.mode() == Mode::fast ? few_tokens : 4); }
 
 // What the codes of a block format stand for. Levels of 8-bit formats are their signed codes: null.
 const float *levels_of(const Matrix &w);

@@ -166,7 +166,8 @@ Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode m
     const std::size_t values = max_tokens * max_stride_;
     const std::size_t groups = padded(values / group_size, 16), spans = padded(values / span_size, 16);
     const bool fast = mode == Mode::fast;
-    const std::size_t bytes = 4 * (values + (groups + spans) + (fast ? groups + 2 * spans : 0)) + (fast ? 2 * values : 0);
+    const std::size_t of_fast = fast ? 4 * (2 * groups + spans) + 2 * values : 0;
+    const std::size_t bytes = 4 * (values + groups + spans) + of_fast;
     const std::size_t readable = 16 * sizeof(float);  // behind the last: vectors are read whole
     memory_ = ::operator new(padded(bytes + readable, alignment), std::align_val_t{alignment});
     first_.x = static_cast<float *>(memory_);
@@ -174,7 +175,7 @@ Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode m
     first_.span_sum = first_.sum + groups;
     if (fast) {
         first_.scale = first_.span_sum + spans;
-        first_.start = reinterpret_cast<std::int32_t *>(first_.scale + spans);
+        first_.start = reinterpret_cast<std::int32_t *>(first_.scale + groups);
         first_.span_start = first_.start + groups;
         first_.codes = reinterpret_cast<std::int16_t *>(first_.span_start + spans);
         first_.bytes = reinterpret_cast<std::int8_t *>(first_.codes);
@@ -188,11 +189,11 @@ TokenInput Activations::token(std::size_t t) const {
     in.sum += group;
     in.span_sum += span;
     if (mode_ == Mode::exact) return in;
-    in.scale += span;
+    in.scale += group;
     in.start += group;
     in.span_start += span;
     in.codes += value;
-    in.bytes += value;
+    in.bytes += 2 * value;
     return in;
 }
 
@@ -222,7 +223,9 @@ bool Activations::reshape(std::size_t tokens, std::size_t columns) {
     return true;
 }
 
-void Activations::prepare_token(std::size_t t, const float *x) { kernels().prepare(x, columns_, stride_, token(t)); }
+void Activations::prepare_token(std::size_t t, const float *x) {
+    kernels().prepare(x, columns_, stride_, tokens_ <= few_tokens, token(t));
+}
 
 bool Activations::prepare(const float *x, std::size_t ldx, std::size_t tokens, std::size_t columns) {
     if (!reshape(tokens, columns)) return false;

@@ -21,12 +21,12 @@ float largest_of(const float *x, std::size_t n) {
     return largest;
 }
 
-void prepare_words(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
+void prepare_words(const float *x, std::size_t columns, std::size_t stride, bool, const TokenInput &out) {
     copy_and_sum(x, columns, stride, out);
     if (out.codes == nullptr) return;
     for (std::size_t s = 0; s < stride / span_size; ++s) {
         if (!std::isfinite(out.span_sum[s])) {
-            mark_not_finite(out, out.codes, s);
+            mark_not_finite(out, s);
             continue;
         }
         const float *span = out.x + s * span_size;
@@ -38,20 +38,26 @@ void prepare_words(const float *x, std::size_t columns, std::size_t stride, cons
     }
 }
 
-void prepare_bytes(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
+void prepare_bytes(const float *x, std::size_t columns, std::size_t stride, bool for_gemv, const TokenInput &out) {
     copy_and_sum(x, columns, stride, out);
     if (out.codes == nullptr) return;
-    for (std::size_t s = 0; s < stride / span_size; ++s) {
+    const std::size_t size = for_gemv ? span_size : group_size;  // columns with one scale
+    for (std::size_t k = 0; k < stride / size; ++k) {
+        const std::size_t s = k * size / span_size;
         if (!std::isfinite(out.span_sum[s])) {
-            mark_not_finite(out, out.bytes, s);
+            mark_not_finite_bytes(out, for_gemv, s);
             continue;
         }
-        const float *span = out.x + s * span_size;
-        const float largest = largest_of(span, span_size), rate = code_rate(largest, largest_byte);
-        for (std::size_t i = 0; i < span_size; ++i) {
-            out.bytes[s * span_size + i] = static_cast<std::int8_t>(std::nearbyint(span[i] * rate));
+        const float *x_k = out.x + k * size;
+        const float largest = largest_of(x_k, size), rate = code_rate(largest, largest_byte);
+        std::int8_t *high = out.bytes + (for_gemv ? 2 * k * size : k * size), *low = high + span_size;
+        for (std::size_t i = 0; i < size; ++i) {
+            const float value = x_k[i] * rate, rounded = std::nearbyint(value);
+            high[i] = static_cast<std::int8_t>(rounded);
+            if (!for_gemv) continue;
+            low[i] = static_cast<std::int8_t>(std::fmin(127.0f, std::nearbyint((value - rounded) * low_terms)));
         }
-        out.scale[s] = largest / largest_byte;
+        out.scale[k] = largest / largest_byte;
     }
 }
 
@@ -123,22 +129,28 @@ float dot_words(const Matrix &w, std::size_t row, const TokenInput &in) {
 
 // What the kernels of bytes compute: with signed codes, level 0 at about 0.
 template <class L>
-float dot_bytes(const Matrix &w, std::size_t row, const TokenInput &in) {
+float dot_bytes(const Matrix &w, std::size_t row, const TokenInput &in, bool for_gemv) {
     const ByteTable &table = byte_table_of(w);
+    const std::size_t size = for_gemv ? span_size : group_size;
     float total = 0.0f;
     for (std::size_t b = 0; b < w.blocks_per_row(); ++b) {
         const std::uint8_t *block = row_data(w, row) + b * L::stride;
-        const std::size_t k = row * w.blocks_per_row() + b, column = b * L::block;
-        int part = 0;
-        for (std::size_t j = 0; j < L::block; ++j) {
-            const unsigned code = code_at<L>(block, j);
-            const int weight = L::bits == 8 ? static_cast<int>(code ^ 128u) : table.code[code & 15u];
-            part += (weight - table.bias) * in.bytes[column + j];
+        const std::size_t k = row * w.blocks_per_row() + b;
+        float part = 0.0f;
+        for (std::size_t g = 0; g < L::block; g += group_size) {
+            int sum = 0;
+            for (std::size_t j = g; j < g + group_size; ++j) {
+                const std::size_t column = b * L::block + j;
+                const std::int8_t *bytes = in.bytes + (for_gemv ? column + column / span_size * span_size : column);
+                const unsigned code = code_at<L>(block, j);
+                const int weight = (L::bits == 8 ? static_cast<int>(code ^ 128u) : table.code[code & 15u]) - table.bias;
+                sum += weight * (for_gemv ? 256 * bytes[0] + bytes[span_size] : bytes[0]);
+            }
+            part += in.scale[(b * L::block + g) / size] * static_cast<float>(sum);
         }
-        const float scale = block_scale(w, block, k);
-        total += scale * table.step * in.scale[column / span_size] * static_cast<float>(part);
+        const float scale = block_scale(w, block, k), step = for_gemv ? table.step / low_terms : table.step;
         const float offset = scale * (table.offset + table.step * static_cast<float>(table.bias));
-        total += (block_tau(w, block, k) + offset) * block_sums<L>(in)[b];
+        total += scale * step * part + (block_tau(w, block, k) + offset) * block_sums<L>(in)[b];
     }
     return total;
 }
@@ -175,7 +187,7 @@ void gemv_words(const Matrix &w, const Activations &x, std::size_t token, std::s
 void gemv_bytes(const Matrix &w, const Activations &x, std::size_t token, std::size_t r0, std::size_t r1, float *y,
                 Store store) {
     rows_times(w, x, token, r0, r1, y, store, [&](auto layout, std::size_t row, const TokenInput &in) {
-        return dot_bytes<decltype(layout)>(w, row, in);
+        return dot_bytes<decltype(layout)>(w, row, in, x.tokens() <= few_tokens);
     });
 }
 

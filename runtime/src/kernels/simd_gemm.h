@@ -70,7 +70,7 @@ template <class S, template <class, class> class FastDot = WordDot>
 void gemm_rows(const Matrix &w, const Activations &x, std::size_t r0, std::size_t r1, float *y, std::size_t ldy,
                Store store) {
     constexpr std::size_t R = S::tile_rows;
-    if (x.tokens() <= few_tokens || w.columns == 0) {
+    if (is_few(x) || w.columns == 0) {
         for (std::size_t r = r0; r < r1; r += panel_rows) {  // a few rows stay in L1 from token to token
             const std::size_t end = smaller(r + panel_rows, r1);
             for (std::size_t t = 0; t < x.tokens(); ++t) gemv_rows<S, FastDot>(w, x, t, r, end, y + t * ldy, store);

@@ -62,7 +62,7 @@ void code_tile(const CodePanel<S> &panel, std::size_t rows, const Activations &x
     using Vec = typename S::Vec;
     constexpr std::size_t W = S::width, pairs = L::block / 2;
     const TokenInput first = x.token(token);
-    const std::size_t stride = x.stride(), scales = stride / span_size, sums_stride = stride / L::block;
+    const std::size_t stride = x.stride(), scales = stride / group_size, sums_stride = stride / L::block;
     const std::int16_t *in = first.codes + column;
     const float *in_scale = first.scale + column / span_size, *sums = block_sums<L>(first) + column / L::block;
     Vec total[R][T];

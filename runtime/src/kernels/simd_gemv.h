@@ -19,7 +19,7 @@ constexpr std::size_t larger(std::size_t a, std::size_t b) { return a > b ? a : 
 constexpr std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
 template <class S>
-void prepare_token(const float *x, std::size_t columns, std::size_t stride, const TokenInput &out) {
+void prepare_token(const float *x, std::size_t columns, std::size_t stride, bool, const TokenInput &out) {
     using Vec = typename S::Vec;
     constexpr std::size_t W = S::width, N = group_size / W;
     std::memcpy(out.x, x, columns * sizeof(float));
@@ -39,7 +39,7 @@ void prepare_token(const float *x, std::size_t columns, std::size_t stride, cons
         out.span_sum[s] = out.sum[2 * s] + out.sum[2 * s + 1];
         if (out.codes == nullptr) continue;
         if (!std::isfinite(out.span_sum[s])) {
-            mark_not_finite(out, out.codes, s);
+            mark_not_finite(out, s);
             continue;
         }
         const float top = S::max_of(largest);
@@ -54,8 +54,8 @@ void prepare_token(const float *x, std::size_t columns, std::size_t stride, cons
 // Hardware prefetchers stop at page borders, which rows meet every few hundred nanoseconds.
 constexpr std::size_t codes_ahead = 6144;
 
-// Asks for the cache lines of [address + ahead, ... + bytes); may lie outside of any array. Inlined by force: GCC takes
-// a function that only prefetches for one without effects and leaves calls of it out.
+// Asks for the cache lines of [address + ahead, ... + bytes); may lie outside of any array. Inlined by force: GCC
+// takes a function that only prefetches for one without effects and leaves calls of it out.
 [[gnu::always_inline]] inline void prefetch(const void *address, std::size_t ahead, std::size_t bytes) {
     const auto start = reinterpret_cast<std::uintptr_t>(address) + ahead;
     for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void *>(start + i));
