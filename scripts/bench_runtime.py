@@ -9,9 +9,9 @@ Every row is a process of its own that stays open (runtime_rows.py); the rows ar
 times, and the medians are shown, so that a slow minute of the machine hits all of them. Ours decodes known
 tokens through `Engine`, logits to Python included (float32 cache); llama.cpp is the server of the wheel
 `xllamacpp` with its own defaults (fp16 cache, repacked weights, flash attention as it likes) and its own
-`timings`, and, with --llama-python, another build in another environment, through bare `llama_decode` of known
-tokens. A ratio compares, round by round, with the fastest row of llama.cpp whose file is at most a tenth
-larger than ours. With --f32 the files
+`timings`, and, with --llama-python, another build in another environment, through bare `llama_decode` of
+known tokens. A ratio compares, round by round, with the fastest row of llama.cpp whose file is at most a
+tenth larger than ours, a share of bandwidth with what the memory gave before that round. With --f32 the files
 of the peers are made here, embedding in Q8_0 as llama-quantize does, and quality is measured; files of random
 bytes (make_synthetic.py) have none. Each run writes its tables under its --name; the others are kept.
 """
@@ -70,16 +70,18 @@ def make_peer(source: Path, target: Path, kind: str) -> None:
 def speed(
     sides: list[Side], threads: int, tests: list[tuple[str, int]], rounds: int, seconds: float
 ) -> dict[str, Any]:
-    """All rows in turn, and the memory bandwidth of these threads (bytes/s, the best of all rounds)."""
+    """All rows in turn, and the memory bandwidth of these threads, bytes/s, before every counted round."""
     end = time.monotonic() + seconds
     rows: list[Row] = []
-    bandwidth, rng = 0.0, np.random.default_rng(0)
+    bandwidth: list[float] = []
+    rng = np.random.default_rng(0)
     try:
         rows += [Row(side, threads) for side in sides]
         for turn in range(-1, rounds):  # the first is not counted
             if turn > 0 and time.monotonic() > end:
                 break
-            bandwidth = max(bandwidth, _native.read_bandwidth(threads, 256 << 20, 3))
+            if turn >= 0:
+                bandwidth.append(_native.read_bandwidth(threads, 256 << 20, 3))
             for kind, count in tests:
                 tokens = rng.integers(256, 32000, count if kind == "pp" else 1).tolist()
                 for row in rows:
@@ -130,7 +132,8 @@ def table(part: dict[str, Any], quality: dict[str, list[float]]) -> list[str]:
             best = [max(rates) for rates in zip(*(peer.rates[test] for peer in peers), strict=True)]
             ratios = [rate / peer for rate, peer in zip(row.rates[test], best, strict=True)]
             cells += [f"{statistics.median(row.rates[test]):.4g}", f"{statistics.median(ratios):.2f}"]
-        share = row.bytes_per_token * statistics.median(row.rates[tests[-1]]) / part["bandwidth"]
+        shares = [rate / read for rate, read in zip(row.rates[tests[-1]], part["bandwidth"], strict=True)]
+        share = row.bytes_per_token * statistics.median(shares)
         cells += [f"{share:.0%}" if share else "", f"{row.load_s * 1e3:.0f}", f"{row.rss_bytes / 2**20:.0f}"]
         lines.append(f"| {' | '.join([*cells, f'{statistics.median(row.busy):.0%}'])} |")
     return lines
@@ -144,7 +147,7 @@ def markdown(report: dict[str, Any]) -> str:
         rounds = min(len(rates) for row in part["rows"] for rates in row["rates"].values())
         lines += [
             f"{report['cpu']}, threads: {part['threads']}, median of {rounds} rounds.",
-            "Memory reads {:.1f} GB/s. ".format(part["bandwidth"] / 1e9)
+            "Memory reads {:.1f} GB/s. ".format(statistics.median(part["bandwidth"]) / 1e9)
             + "Load average {:.1f} before, {:.1f} after.".format(*report["load"]),
             "",
             *table(part, report["quality"]),
