@@ -129,9 +129,10 @@ def table(part: dict[str, Any], quality: dict[str, list[float]]) -> list[str]:
             cells.append("{:.2g} ± {:.0g}".format(*quality[row.side]))
         peers = [peer for peer in rows if not peer.ours and peer.file_bytes <= EQUAL_BITS * row.file_bytes]
         for test in tests:
+            cells.append(f"{statistics.median(row.rates[test]):.4g}")
             best = [max(rates) for rates in zip(*(peer.rates[test] for peer in peers), strict=True)]
-            ratios = [rate / peer for rate, peer in zip(row.rates[test], best, strict=True)]
-            cells += [f"{statistics.median(row.rates[test]):.4g}", f"{statistics.median(ratios):.2f}"]
+            ratios = [rate / peer for rate, peer in zip(row.rates[test], best, strict=True)] if peers else []
+            cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
         shares = [rate / read for rate, read in zip(row.rates[tests[-1]], part["bandwidth"], strict=True)]
         share = row.bytes_per_token * statistics.median(shares)
         cells += [f"{share:.0%}" if share else "", f"{row.load_s * 1e3:.0f}", f"{row.rss_bytes / 2**20:.0f}"]
