@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from irq_export.evaluate.questions import requests_of
+from irq_export.evaluate.tasks import MMLU_TOKENS, Task, load_task
+
 __all__ = ["Choices", "Sequences", "batches", "load", "prepare"]
 
 INSTRUCT = ("alpaca_en_demo_1k.json", "rasbt_instruction-data_1100.json", "dolly_3k.json")
@@ -75,18 +78,21 @@ class Choices:
         question: int32 (n,).
         gold: bool (n,).
         characters: int32 (n,): length of the choice, for the normalised score.
+        subject: int32 (n,): what questions are averaged in first (MMLU), if anything.
     """
 
     sequences: Sequences
     question: np.ndarray
     gold: np.ndarray
     characters: np.ndarray
+    subject: np.ndarray | None = None
 
     def first(self, questions: int) -> Choices:
         """The first questions."""
         count = int((self.question < questions).sum())
-        rest = (array[:count] for array in (self.question, self.gold, self.characters))
-        return Choices(self.sequences.first(count), *rest)
+        arrays = (self.question, self.gold, self.characters, self.subject)
+        rest = (None if array is None else array[:count] for array in arrays)
+        return Choices(self.sequences.first(count), *rest)  # type: ignore[arg-type]
 
 
 def batches(
@@ -168,8 +174,24 @@ def _examples(
 
 def _windows(tokenizer: Tokenizer, text: str, length: int, most: int | None = None) -> Sequences:
     ids = tokenizer.encode(text if most is None else text[: most * length * 8], add_special_tokens=False).ids
+    return _cut(np.array(ids, np.uint16), length, most)
+
+
+def _book_windows(tokenizer: Tokenizer, books: Sequence[str], length: int, most: int) -> Sequences:
+    """Windows of the books one behind the other; each book is encoded alone, as memory allows."""
+    parts: list[np.ndarray] = []
+    for book in books:
+        parts.append(np.array(tokenizer.encode(book, add_special_tokens=False).ids, np.uint16))
+        if sum(map(len, parts)) >= most * length:
+            break
+    return _cut(np.concatenate(parts), length, most)
+
+
+def _cut(ids: np.ndarray, length: int, most: int | None) -> Sequences:
     count = len(ids) // length if most is None else min(most, len(ids) // length)
-    return Sequences.of([(ids[i * length : (i + 1) * length], 1) for i in range(count)])
+    return Sequences(
+        ids[: count * length], np.arange(count + 1, dtype=np.int64) * length, np.ones(count, np.int32)
+    )
 
 
 def _commonsense(path: Path) -> Iterator[tuple[str, list[str], int]]:
@@ -207,13 +229,36 @@ def _choices(tokenizer: Tokenizer, tasks: Sequence[tuple[str, list[str], int]]) 
     )
 
 
+def _mmlu(tokenizer: Tokenizer, data: Path) -> Choices:
+    """MMLU's validation split with five examples, the prompts of `irq-export evaluate --tasks mmlu_val`."""
+    task = load_task("mmlu_val", data)
+    assert isinstance(task, Task)  # noqa: S101
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    asked = [requests_of(question, encode, MMLU_TOKENS) for question in task.questions]
+    pairs = [((*r.context, *r.continuation), len(r.context)) for requests in asked for r in requests]
+    subjects = sorted({question.group for question in task.questions})
+    each = [(i, q, c) for i, q in enumerate(task.questions) for c in range(len(q.choices))]
+    return Choices(
+        Sequences.of(pairs),
+        np.array([i for i, _, _ in each], np.int32),
+        np.array([c == q.gold for _, q, c in each]),
+        np.array([len(q.choices[c]) for _, q, c in each], np.int32),
+        np.array([subjects.index(q.group) for _, q, _ in each], np.int32),
+    )
+
+
 def _pack(values: dict[str, Sequences | Choices]) -> dict[str, np.ndarray]:
     arrays = {}
     for name, value in values.items():
         sequences = value.sequences if isinstance(value, Choices) else value
         arrays |= {f"{name}.{part}": array for part, array in vars(sequences).items()}
         if isinstance(value, Choices):
-            arrays |= {f"{name}.{part}": array for part, array in vars(value).items() if part != "sequences"}
+            rest = {part: array for part, array in vars(value).items() if part != "sequences"}
+            arrays |= {f"{name}.{part}": array for part, array in rest.items() if array is not None}
     return arrays
 
 
@@ -224,7 +269,7 @@ def load(path: Path) -> dict[str, Sequences | Choices]:
     found: dict[str, Sequences | Choices] = {}
     for name in dict.fromkeys(key.split(".")[0] for key in arrays):
         sequences = Sequences(*(arrays[f"{name}.{part}"] for part in ("ids", "offsets", "starts")))
-        rest = [arrays.get(f"{name}.{part}") for part in ("question", "gold", "characters")]
+        rest = [arrays.get(f"{name}.{part}") for part in ("question", "gold", "characters", "subject")]
         found[name] = sequences if rest[0] is None else Choices(sequences, *rest)  # type: ignore[arg-type]
     return found
 
@@ -257,10 +302,11 @@ def prepare(
     with lzma.open(data / "corpus" / "gutenberg_val.txt.xz", "rt", encoding="utf-8") as file:
         parts["books_val"] = _windows(tokenizer, file.read().replace(SEPARATOR, ""), 512, 128)
     with lzma.open(data / "corpus" / "gutenberg_train.txt.xz", "rt", encoding="utf-8") as file:
-        text = file.read((books * 1024 + 200_000) * 6 if full else 1_200_000).replace(SEPARATOR, "")
-    parts["calibration"] = _windows(tokenizer, text, 512, 128)
+        parts["calibration"] = _windows(tokenizer, file.read(1_200_000).replace(SEPARATOR, ""), 512, 128)
+        text = file.read(books * 1024 * 6)
     if full:
-        parts["books"] = _windows(tokenizer, text[1_200_000:], 1024, books)
+        parts["books"] = _book_windows(tokenizer, text.split(SEPARATOR), 1024, books)
+        parts["mmlu"] = _mmlu(tokenizer, data)
         for name, file_name in {
             "arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge", "openbookqa": "openbookqa"
         }.items():  # fmt: skip
@@ -272,5 +318,5 @@ def prepare(
         tasks = list(_hellaswag(data / "hellaswag" / "hellaswag_val_full.txt.bz2"))
         parts["hellaswag"] = _choices(tokenizer, tasks[:1000])
     output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(output, **_pack(parts))  # type: ignore[arg-type]
+    np.savez_compressed(output, **_pack(parts))  # type: ignore[arg-type]
     return {name: len(p.sequences if isinstance(p, Choices) else p) for name, p in parts.items()}

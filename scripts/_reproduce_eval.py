@@ -19,6 +19,8 @@ _POSITIONS = 8192
 def log_likelihood(model: Arms, sequences: Sequences, budget: int = 1 << 18) -> np.ndarray:
     """Sum of the log-probabilities, nats, of each sequence from its start on: float64 (arms, sequences).
 
+    Sequences that differ in their last token alone, such as the letters behind a question, are read once.
+
     Args:
         model: The arms.
         sequences: What to score.
@@ -26,20 +28,24 @@ def log_likelihood(model: Arms, sequences: Sequences, budget: int = 1 << 18) -> 
     """
     device = model.weights.embedding.device
     found = torch.zeros((model.arms, len(sequences)), dtype=torch.float64, device=device)
-    order = np.argsort(-sequences.lengths, kind="stable")
+    sharing: dict[bytes, list[int]] = {}  # tokens that are read -> sequences that need them
+    for index in range(len(sequences)):
+        sharing.setdefault(sequences[index][0][:-1].tobytes(), []).append(index)
+    groups = sorted(sharing.values(), key=lambda group: -int(sequences.lengths[group[0]]))
     at = 0
-    while at < len(order):
-        length = -(-int(sequences.lengths[order[at]]) // BUCKET) * BUCKET
-        picked = order[at : at + max(1, budget // (length * model.arms))]
+    while at < len(groups):
+        length = -(-(int(sequences.lengths[groups[at][0]]) - 1) // BUCKET) * BUCKET
+        picked = groups[at : at + max(1, budget // (length * model.arms))]
         at += len(picked)
         tokens = np.zeros((1, len(picked), length), np.int64)
         positions, targets, owner = [], [], []
-        for row, index in enumerate(picked):
-            ids, start = sequences[int(index)]
-            tokens[0, row, : len(ids)] = ids
-            positions += range(row * length + start - 1, row * length + len(ids) - 1)
-            targets += ids[start:].tolist()
-            owner += [index] * (len(ids) - start)
+        for row, group in enumerate(picked):
+            for index in group:
+                ids, start = sequences[index]
+                tokens[0, row, : len(ids) - 1] = ids[:-1]
+                positions += range(row * length + start - 1, row * length + len(ids) - 1)
+                targets += ids[start:].tolist()
+                owner += [index] * (len(ids) - start)
         hidden = model.hidden(torch.from_numpy(tokens).to(device))
         where, target, who = (torch.tensor(x, device=device) for x in (positions, targets, owner))
         for arm in range(model.arms):
@@ -63,13 +69,20 @@ def divergence(model: Arms, reference: Arms, windows: Tensor) -> np.ndarray:
 
 
 def _accuracy(scores: np.ndarray, task: Choices, normalised: bool) -> np.ndarray:
-    """Share of the questions whose best choice is right: scores (arms, n) to (arms,)."""
+    """Share of the questions whose best choice is right: scores (arms, n) to (arms,).
+
+    Of a task with subjects the mean of their shares.
+    """
     if normalised:
         scores = scores / np.maximum(task.characters, 1)
     edges = np.flatnonzero(np.diff(task.question, prepend=-1))
     best = np.maximum.reduceat(scores, edges, axis=1)  # (arms, questions)
     gold = np.maximum.reduceat(np.where(task.gold, scores, -np.inf), edges, axis=1)
-    return (gold >= best).mean(axis=1)
+    right = gold >= best  # (arms, questions)
+    if task.subject is None:
+        return right.mean(axis=1)
+    subject = task.subject[edges]
+    return np.mean([right[:, subject == s].mean(axis=1) for s in np.unique(subject)], axis=0)
 
 
 def evaluate(

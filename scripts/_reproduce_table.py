@@ -211,14 +211,17 @@ def _choices(rows: list[Row], model: str, codebook: str) -> list[str]:
     after = _select(rows, model=model, stage="after", codebook="none")
     after += _select(rows, model=model, stage="after", codebook=codebook)
     tasks = [task for task in TASKS if before and task in before[0]]
+    more = [task for task in ("mmlu",) if before and task in before[0]]  # of other questions: not in the mean
     lines = []
     for stage, part in (("before", before), ("after", [row for row in after if tasks[0] in row])):
         for arm in dict.fromkeys(row["arm"] for row in part):
             of_arm = [row for row in part if row["arm"] == arm]
             means = [100 * float(np.mean([row[task] for row in of_arm])) for task in tasks]
             name = "unquantised" if arm == "full" else arm
-            lines.append([stage, name, *(f"{m:.1f}" for m in means), f"{np.mean(means):.1f}"])
-    return _markdown(["", "base or arm", *tasks, "mean"], lines)
+            cells = [f"{m:.1f}" for m in (*means, np.mean(means))]
+            cells += [f"{100 * float(np.mean([row[task] for row in of_arm])):.1f}" for task in more]
+            lines.append([stage, name, *cells])
+    return _markdown(["", "base or arm", *tasks, "mean", *more], lines)
 
 
 def tables(rows: list[Row]) -> str:
