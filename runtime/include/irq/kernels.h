@@ -72,9 +72,11 @@ struct TokenInput {
     std::int16_t *codes;       // (stride,), -2047 to 2047: x is about scale * code
     std::int8_t *bytes;        // in the memory of codes. For gemm (stride,): x is about scale * byte. For gemv
                                // (stride / 64, 2, 64), high and low: scale * (high + low / 256)
+    std::int8_t *pairs;        // (stride / 128, 2, 2, 2, 32), for gemv, of AVX-512: the same bytes, [high and low]
+                               // [first and second half of a span] [two spans]
 };
 
-// Input vectors ready for products. Rows are padded with zeros to a multiple of 64 columns; the columns of
+// Input vectors ready for products. Rows are padded with zeros to a multiple of 128 columns; the columns of
 // every block have their sum beside them, because a block's offset meets its inputs only through it.
 class Activations {
   public:

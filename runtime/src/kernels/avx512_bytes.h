@@ -19,6 +19,8 @@ inline float largest_of(const __m512 *v, std::size_t n) {
     return _mm512_reduce_max_ps(largest);
 }
 
+inline void store128(std::int8_t *to, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i *>(to), v); }
+
 // -128 times the sums of the bytes of both groups of a span.
 inline void start_sums(const std::int8_t *bytes, std::int32_t out[2]) {
     const __m512i unsigned_128 = _mm512_set1_epi8(-128);
@@ -27,18 +29,21 @@ inline void start_sums(const std::int8_t *bytes, std::int32_t out[2]) {
     out[1] = -_mm512_mask_reduce_add_epi32(0xff00, sums);
 }
 
-// The span's 64 high codes, then its 64 low ones.
+// The span's 64 high codes, then its 64 low ones; and both in halves beside those of the span it is paired with.
 inline void prepare_for_gemv(const __m512 v[4], std::size_t s, const TokenInput &out) {
     const float top = largest_of(v, 4);
     const __m512 rate = _mm512_set1_ps(code_rate(top, largest_byte));
-    std::int8_t *bytes = out.bytes + s * (2 * span_size);
+    std::int8_t *bytes = out.bytes + s * (2 * span_size), *pair = out.pairs + s / 2 * (4 * span_size) + s % 2 * 32;
     for (std::size_t i = 0; i < 4; ++i) {
         const __m512 value = _mm512_mul_ps(v[i], rate);
         const __m512i high = _mm512_cvtps_epi32(value);
         const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(value, _mm512_cvtepi32_ps(high)), _mm512_set1_ps(low_terms));
-        auto *to = reinterpret_cast<__m128i *>(bytes + 16 * i);
-        _mm_storeu_si128(to, _mm512_cvtepi32_epi8(high));
-        _mm_storeu_si128(to + span_size / 16, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(rest)));  // 128 becomes 127
+        const __m128i high_codes = _mm512_cvtepi32_epi8(high);
+        const __m128i low_codes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(rest));  // 128 becomes 127
+        store128(bytes + 16 * i, high_codes);
+        store128(bytes + 16 * i + span_size, low_codes);
+        store128(pair + i / 2 * span_size + i % 2 * 16, high_codes);
+        store128(pair + i / 2 * span_size + i % 2 * 16 + 2 * span_size, low_codes);
     }
     std::int32_t low[2];
     start_sums(bytes, out.start + 2 * s);
@@ -87,20 +92,24 @@ inline float residual_offset(const ByteTable &table) {
 template <class S, class L>
 class ByteDot {
   public:
+    static constexpr std::size_t rows_at_once = 4, bytes_ahead = 2 * codes_ahead;
+
     ByteDot(const Matrix &w, const TokenInput &x, std::size_t column, std::size_t n, std::size_t ahead)
-        : n_(n), ahead_(ahead), in_(x.bytes + 2 * column), start_(block_starts<L>(x) + column / L::block),
-          in_scale_(x.scale + column / span_size), sum_(block_sums<L>(x) + column / L::block),
+        : n_(n), ahead_(ahead), in_((goes_in_pairs ? x.pairs : x.bytes) + 2 * column),
+          start_(block_starts<L>(x) + column / L::block), in_scale_(x.scale + column / span_size),
+          sum_(block_sums<L>(x) + column / L::block),
           codes_(S::template codes<L>(byte_table_of(w), byte_bias - byte_table_of(w).bias)),
           step_(_mm512_set1_ps(byte_table_of(w).step / low_terms)), offset_(_mm512_set1_ps(residual_offset(byte_table_of(w)))) {}
 
-    void operator()(const RowPair &rows, __m512 total[2]) const {
-        alignas(64) float both[2][max_blocks + slack];  // scales of weights and inputs, multiplied
-        __m512 sums[2] = {S::zero(), S::zero()};
+    void operator()(const Rows<rows_at_once> &rows, __m512 total[rows_at_once]) const {
+        alignas(64) float both[R][max_blocks + slack];  // scales of weights and inputs, multiplied
+        __m512 sums[R];
+        for (__m512 &sum : sums) sum = S::zero();
         for (std::size_t b = 0; b < n_; b += S::width) {
             const __mmask16 some = S::first(n_ - b);
             const __m512 in_scale = input_scales(in_scale_ + b / per_step);
             const __m512 start = _mm512_cvtepi32_ps(_mm512_loadu_si512(start_ + b)), sum = S::load(sum_ + b);
-            for (std::size_t r = 0; r < 2; ++r) {
+            for (std::size_t r = 0; r < R; ++r) {
                 const __m512 scale = S::load(rows.scale[r] + b), product = _mm512_mul_ps(scale, in_scale);
                 const __m512 tau = L::adds_tau ? S::load(rows.tau[r] + b) : S::zero();
                 total[r] = _mm512_mask3_fmadd_ps(_mm512_fmadd_ps(scale, offset_, tau), sum, total[r], some);
@@ -108,45 +117,54 @@ class ByteDot {
                 S::store(both[r] + b, product);
             }
         }
+        if constexpr (goes_in_pairs) add_pairs(rows, both, sums);
+        else add_spans(rows, both, sums);
+        for (std::size_t r = 0; r < R; ++r) total[r] = _mm512_fmadd_ps(sums[r], step_, total[r]);
+    }
+
+  private:
+    static constexpr std::size_t R = rows_at_once, per_step = span_size / L::block;
+    static constexpr bool goes_in_pairs = L::bits == 4 && L::block == 64;
+
+    using Scales = const float[R][max_blocks + slack];
+
+    // 64 bytes of codes: low nibbles are the first halves of two blocks, high ones the second.
+    void add_pairs(const Rows<R> &rows, Scales &both, __m512 sums[R]) const {
         std::size_t b = 0;
-        if constexpr (L::bits == 4 && L::block == 64) {
+        for (; b + 2 <= n_; b += 2) {
+            const PairInput in(in_ + b * (2 * L::block));
 #pragma GCC unroll 4
-            for (; b + 2 <= n_; b += 2) {
-                prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 4 * L::stride);
-                const std::int8_t *in = in_ + b * (2 * L::block);  // high and low of one span, then of the next
-                constexpr std::size_t next = 2 * L::block, half = L::block / 2;
-                const __m512i lower[2] = {halves(in, in + next), halves(in + 2 * half, in + next + 2 * half)};
-                const __m512i upper[2] = {halves(in + half, in + next + half), halves(in + 3 * half, in + next + 3 * half)};
-                for (std::size_t r = 0; r < 2; ++r) {
-                    const __m512i codes = _mm512_loadu_si512(rows.codes[r] + b * L::stride);
-                    const __m512i low = _mm512_permutexvar_epi8(codes, codes_.low);
-                    const __m512i high = _mm512_permutexvar_epi8(_mm512_srli_epi64(codes, 4), codes_.low);
-                    __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, lower[0]);
-                    part = _mm512_slli_epi32(_mm512_dpbusd_epi32(part, high, upper[0]), 8);
-                    part = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(part, low, lower[1]), high, upper[1]);
-                    sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), S::halves(both[r] + b), sums[r]);
-                }
+            for (std::size_t r = 0; r < R; ++r) {
+                prefetch(rows.codes[0] + (R * b + 2 * r) * L::stride, ahead_, 2 * L::stride);
+                const __m512 part = product(_mm512_loadu_si512(rows.codes[r] + b * L::stride), in);
+                sums[r] = _mm512_fmadd_ps(part, S::halves(both[r] + b), sums[r]);
             }
         }
+        if (b == n_) return;
+        const PairInput in(in_ + b * (2 * L::block));
+        for (std::size_t r = 0; r < R; ++r) {
+            const __m512 part = product(_mm512_maskz_loadu_epi32(0x00ff, rows.codes[r] + b * L::stride), in);
+            sums[r] = _mm512_mask3_fmadd_ps(part, _mm512_set1_ps(both[r][b]), sums[r], 0x00ff);
+        }
+    }
+
+    void add_spans(const Rows<R> &rows, Scales &both, __m512 sums[R]) const {
+        std::size_t b = 0;
 #pragma GCC unroll 2
         for (; b + per_step <= n_; b += per_step) {
-            prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 2 * per_step * L::stride);
-            for (std::size_t r = 0; r < 2; ++r) {
+            prefetch(rows.codes[0] + R * b * L::stride, ahead_, R * per_step * L::stride);
+            for (std::size_t r = 0; r < R; ++r) {
                 const __m512 part = product(rows.codes[r] + b * L::stride, in_ + b * (2 * L::block));
                 sums[r] = _mm512_fmadd_ps(part, scale_of(both[r] + b), sums[r]);
             }
         }
-        for (std::size_t r = 0; b < n_ && r < 2; ++r) {
+        for (std::size_t r = 0; b < n_ && r < R; ++r) {
             std::uint8_t last[2 * L::stride] = {};  // a block of zeros behind the last one
             std::memcpy(last, rows.codes[r] + b * L::stride, L::stride - L::lead);
             const __m512 part = product(last, in_ + b * (2 * L::block));
             sums[r] = _mm512_mask3_fmadd_ps(part, _mm512_set1_ps(both[r][b]), sums[r], 0x00ff);
         }
-        for (std::size_t r = 0; r < 2; ++r) total[r] = _mm512_fmadd_ps(sums[r], step_, total[r]);
     }
-
-  private:
-    static constexpr std::size_t per_step = span_size / L::block;
 
     // Of the next 16 blocks; p has one for every 64 columns.
     static __m512 input_scales(const float *p) {
@@ -155,8 +173,20 @@ class ByteDot {
         return _mm512_permutexvar_ps(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), spans);
     }
 
-    static __m512i halves(const std::int8_t *p, const std::int8_t *q) {
-        return _mm512_inserti64x4(_mm512_castsi256_si512(S::load256(p)), S::load256(q), 1);
+    struct PairInput {
+        __m512i high[2], low[2];  // of first and second halves
+
+        explicit PairInput(const std::int8_t *p)
+            : high{_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)},
+              low{_mm512_loadu_si512(p + 128), _mm512_loadu_si512(p + 192)} {}
+    };
+
+    __m512 product(__m512i codes, const PairInput &in) const {
+        const __m512i first = _mm512_permutexvar_epi8(codes, codes_.low);
+        const __m512i second = _mm512_permutexvar_epi8(_mm512_srli_epi64(codes, 4), codes_.low);
+        __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, in.high[0]);
+        part = _mm512_slli_epi32(_mm512_dpbusd_epi32(part, second, in.high[1]), 8);
+        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(part, first, in.low[0]), second, in.low[1]));
     }
 
     __m512 product(const std::uint8_t *p, const std::int8_t *in) const {

@@ -161,12 +161,12 @@ Matrix stock_matrix(Format format, std::size_t rows, std::size_t columns, const 
 }
 
 Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode mode)
-    : max_tokens_(max_tokens), max_stride_(padded(max_columns, span_size)), mode_(mode) {
+    : max_tokens_(max_tokens), max_stride_(padded(max_columns, 2 * span_size)), mode_(mode) {
     // x, then for every 32 columns a sum, for every 64 a sum; in fast mode scales, starts, codes.
     const std::size_t values = max_tokens * max_stride_;
     const std::size_t groups = padded(values / group_size, 16), spans = padded(values / span_size, 16);
     const bool fast = mode == Mode::fast;
-    const std::size_t of_fast = fast ? 4 * (2 * groups + spans) + 2 * values : 0;
+    const std::size_t of_fast = fast ? 4 * (2 * groups + spans) + 4 * values : 0;
     const std::size_t bytes = 4 * (values + groups + spans) + of_fast;
     const std::size_t readable = 16 * sizeof(float);  // behind the last: vectors are read whole
     memory_ = ::operator new(padded(bytes + readable, alignment), std::align_val_t{alignment});
@@ -179,6 +179,7 @@ Activations::Activations(std::size_t max_tokens, std::size_t max_columns, Mode m
         first_.span_start = first_.start + groups;
         first_.codes = reinterpret_cast<std::int16_t *>(first_.span_start + spans);
         first_.bytes = reinterpret_cast<std::int8_t *>(first_.codes);
+        first_.pairs = first_.bytes + 2 * values;
     }
 }
 
@@ -194,6 +195,7 @@ TokenInput Activations::token(std::size_t t) const {
     in.span_start += span;
     in.codes += value;
     in.bytes += 2 * value;
+    in.pairs += 2 * value;
     return in;
 }
 
@@ -215,7 +217,7 @@ Activations &Activations::operator=(Activations &&other) noexcept {
 }
 
 bool Activations::reshape(std::size_t tokens, std::size_t columns) {
-    const std::size_t stride = padded(columns, span_size);
+    const std::size_t stride = padded(columns, 2 * span_size);
     if (tokens * stride > max_tokens_ * max_stride_) return false;
     tokens_ = tokens;
     columns_ = columns;

@@ -11,7 +11,8 @@
 namespace irq {
 namespace {
 
-constexpr std::size_t max_blocks = 1024;  // of a row that are multiplied in one go
+constexpr std::size_t max_blocks = 1024;             // of a row that are multiplied in one go
+constexpr std::size_t most_blocks = 2 * max_blocks;  // of all rows that are
 constexpr std::size_t slack = 64;        // floats that vector stores may write behind expanded scales
 constexpr std::size_t together = 4;      // rows whose sums across lanes are taken at once
 
@@ -175,11 +176,17 @@ class ScaleWindow {
   public:
     explicit ScaleWindow(const Matrix &w) : w_(w), blocks_(w.rows * w.blocks_per_row()) {}
 
-    // Makes blocks [k, k + n) readable, n at most 2 * max_blocks.
+    // What `reach` reads first when it begins with block k.
+    [[gnu::always_inline]] void prefetch_from(std::size_t k) const {
+        if constexpr (L::lead != 0) return;
+        prefetch_values(w_.scale, k, 4 * piece);
+        if constexpr (L::adds_tau) prefetch_values(w_.tau, k, 4 * piece);
+    }
+
+    // Makes blocks [k, k + n) readable, n at most most_blocks.
     void reach(std::size_t k, std::size_t n) {
         if (k + n <= end_) return;
         if (k < begin_ || k + n > begin_ + capacity) {
-            if (end_ == 0 && L::lead == 0) prefetch_all(k);
             begin_ = end_ = k / piece * piece;
         }
         for (; end_ < k + n; end_ += piece) {
@@ -193,12 +200,7 @@ class ScaleWindow {
 
   private:
     // Where scales lie among the codes, expanding reads those: not further than they are asked for.
-    static constexpr std::size_t piece = L::lead == 0 ? IRQ_GROUP_SIZE : 32, capacity = 2 * max_blocks + piece;
-
-    [[gnu::always_inline]] void prefetch_all(std::size_t k) const {
-        prefetch_values(w_.scale, k, 4 * piece);
-        if constexpr (L::adds_tau) prefetch_values(w_.tau, k, 4 * piece);
-    }
+    static constexpr std::size_t piece = L::lead == 0 ? IRQ_GROUP_SIZE : 32, capacity = most_blocks + piece;
 
     const Matrix &w_;
     const std::size_t blocks_;
@@ -206,38 +208,41 @@ class ScaleWindow {
     alignas(64) float scale_[capacity + piece + slack], tau_[capacity + piece + slack];
 };
 
-// The same n blocks of two rows.
-struct RowPair {
-    const std::uint8_t *codes[2];
-    const float *scale[2], *tau[2];
+// The same n blocks of some rows.
+template <std::size_t R>
+struct Rows {
+    const std::uint8_t *codes[R];
+    const float *scale[R], *tau[R];
 };
 
-// What rows are multiplied by: n blocks of x from column `column` on. Called with those of two rows, it adds their
-// products to total, whose lanes are summed at the end. `ahead`: bytes from codes to those to ask memory for; the two
+// What rows are multiplied by: n blocks of x from column `column` on. Called with those of `rows_at_once` rows, it adds
+// their products to total, whose lanes are summed at the end. `ahead`: bytes from codes to those to ask memory for; the
 // rows are taken for one stretch. In float32:
 template <class S, class L>
 class ExactDot {
   public:
     using Vec = typename S::Vec;
+    static constexpr std::size_t rows_at_once = 4, bytes_ahead = codes_ahead;
 
     ExactDot(const Matrix &w, const TokenInput &x, std::size_t column, std::size_t n, std::size_t ahead)
         : n_(n), ahead_(ahead), in_(x.x + column), sum_(block_sums<L>(x) + column / L::block),
           levels_(S::template levels<L>(levels_of(w))) {}
 
-    void operator()(const RowPair &rows, Vec total[2]) const {
-        constexpr std::size_t N = L::block / S::width;
-        Vec sums[2] = {total[0], total[1]};
+    void operator()(const Rows<rows_at_once> &rows, Vec total[rows_at_once]) const {
+        constexpr std::size_t N = L::block / S::width, R = rows_at_once;
+        Vec sums[R];
+        for (std::size_t r = 0; r < R; ++r) sums[r] = total[r];
         for (std::size_t b = 0; L::adds_tau && b < n_; b += S::width) {
-            for (std::size_t r = 0; r < 2; ++r) {
+            for (std::size_t r = 0; r < R; ++r) {
                 sums[r] = S::add_product(S::load(rows.tau[r] + b), sum_ + b, n_ - b, sums[r]);
             }
         }
 #pragma GCC unroll 2
         for (std::size_t b = 0; b < n_; ++b) {
-            prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 2 * L::stride);
+            prefetch(rows.codes[0] + R * b * L::stride, ahead_, R * L::stride);
             Vec in[N];
             for (std::size_t i = 0; i < N; ++i) in[i] = S::load(in_ + b * L::block + i * S::width);
-            for (std::size_t r = 0; r < 2; ++r) {
+            for (std::size_t r = 0; r < R; ++r) {
                 Vec level[N];
                 S::template decode<L>(rows.codes[r] + b * L::stride, levels_, level);
                 Vec part = S::mul(level[0], in[0]);
@@ -245,8 +250,7 @@ class ExactDot {
                 sums[r] = S::fma(part, S::set1(rows.scale[r][b]), sums[r]);
             }
         }
-        total[0] = sums[0];
-        total[1] = sums[1];
+        for (std::size_t r = 0; r < R; ++r) total[r] = sums[r];
     }
 
   private:
@@ -260,27 +264,29 @@ template <class S, class L>
 class WordDot {
   public:
     using Vec = typename S::Vec;
+    static constexpr std::size_t rows_at_once = 2, bytes_ahead = codes_ahead;
 
     WordDot(const Matrix &w, const TokenInput &x, std::size_t column, std::size_t n, std::size_t ahead)
         : n_(n), ahead_(ahead), in_(x.codes + column), in_scale_(x.scale + column / span_size),
           sum_(block_sums<L>(x) + column / L::block), table_(S::template codes<L>(code_table_of(w))),
           step_(code_table_of(w).step) {}
 
-    void operator()(const RowPair &rows, Vec total[2]) const {
+    void operator()(const Rows<rows_at_once> &rows, Vec total[rows_at_once]) const {
         using Words = typename S::Words;
-        constexpr std::size_t N = L::block / (2 * S::width);
-        Vec sums[2] = {total[0], total[1]};
+        constexpr std::size_t N = L::block / (2 * S::width), R = rows_at_once;
+        Vec sums[R];
+        for (std::size_t r = 0; r < R; ++r) sums[r] = total[r];
         for (std::size_t b = 0; L::adds_tau && b < n_; b += S::width) {
-            for (std::size_t r = 0; r < 2; ++r) {
+            for (std::size_t r = 0; r < R; ++r) {
                 sums[r] = S::add_product(S::load(rows.tau[r] + b), sum_ + b, n_ - b, sums[r]);
             }
         }
         for (std::size_t b = 0; b < n_; ++b) {
-            prefetch(rows.codes[0] + 2 * b * L::stride, ahead_, 2 * L::stride);
+            prefetch(rows.codes[0] + R * b * L::stride, ahead_, R * L::stride);
             const auto in_scale = S::set1(step_ * in_scale_[b * L::block / span_size]);
             Words in[N];
             for (std::size_t i = 0; i < N; ++i) in[i] = S::load_words(in_ + b * L::block + 2 * i * S::width);
-            for (std::size_t r = 0; r < 2; ++r) {
+            for (std::size_t r = 0; r < R; ++r) {
                 Words weight[N];
                 S::template unpack<L>(rows.codes[r] + b * L::stride, table_, weight);
                 auto products = S::no_products();
@@ -289,8 +295,7 @@ class WordDot {
                 sums[r] = S::fma(part, S::set1(rows.scale[r][b]), sums[r]);
             }
         }
-        total[0] = sums[0];
-        total[1] = sums[1];
+        for (std::size_t r = 0; r < R; ++r) total[r] = sums[r];
     }
 
   private:
@@ -303,38 +308,47 @@ class WordDot {
 
 template <class S, class L, class Dot>
 void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size_t r1, float *y, Store store) {
+    using Vec = typename S::Vec;
+    constexpr std::size_t R = Dot::rows_at_once;
     const std::size_t nb = w.blocks_per_row();
     const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + L::lead;
-    const std::size_t ahead = larger(codes_ahead, 2 * nb * L::stride);
-    const bool narrow = nb <= max_blocks;
+    const std::size_t ahead = larger(Dot::bytes_ahead, R * nb * L::stride);
+    const bool narrow = nb <= most_blocks / R;
     const Dot whole(w, x, 0, narrow ? nb : 0, ahead);
     ScaleWindow<S, L> window(w);
-    const auto add_pair = [&](const Dot &dot, std::size_t k, std::size_t k2, typename S::Vec *total) {
-        dot({{codes + k * L::stride, codes + k2 * L::stride},
-             {window.scale(k), window.scale(k2)},
-             {window.tau(k), window.tau(k2)}}, total);
+    // Rows whose first blocks are k0, k0 + step, ..., as far as `last`.
+    const auto add_rows = [&](const Dot &dot, std::size_t k0, std::size_t step, std::size_t last, Vec *total) {
+        Rows<R> rows;
+        for (std::size_t i = 0, k = k0; i < R; ++i, k = smaller(k + step, last)) {
+            rows.codes[i] = codes + k * L::stride;
+            rows.scale[i] = window.scale(k);
+            rows.tau[i] = window.tau(k);
+        }
+        dot(rows, total);
     };
-    const std::size_t at_once = together * nb <= 2 * max_blocks ? together : 2;
+    window.prefetch_from(r0 * nb);
+    prefetch(codes + r0 * nb * L::stride, 0, smaller(ahead, (r1 - r0) * nb * L::stride));
+    const std::size_t at_once = together * nb <= most_blocks ? together : R;
     for (std::size_t row = r0; row < r1; row += together) {
         const std::size_t rows = smaller(together, r1 - row);
-        typename S::Vec total[together] = {S::zero(), S::zero(), S::zero(), S::zero()};
+        Vec total[together] = {S::zero(), S::zero(), S::zero(), S::zero()};
 #pragma GCC unroll 2
-        for (std::size_t r = 0; r < together; r += 2) {
+        for (std::size_t r = 0; r < together; r += R) {
             if (r >= rows) break;
-            const std::size_t k = (row + r) * nb, second = r + 1 < rows ? nb : 0;  // or the first again
             if (narrow) {
-                if (r % at_once == 0) window.reach(k, smaller(at_once, rows - r) * nb);
-                add_pair(whole, k, k + second, total + r);
+                if (r % at_once == 0) window.reach((row + r) * nb, smaller(at_once, rows - r) * nb);
+                add_rows(whole, (row + r) * nb, nb, (row + rows - 1) * nb, total + r);
                 continue;
             }
-            for (std::size_t i = 0; i < 2; ++i) {  // no model is so wide: each alone, twice
-                typename S::Vec twice[2] = {S::zero(), S::zero()};
+            for (std::size_t i = r; i < smaller(r + R, rows); ++i) {  // hardly a model is so wide: one row, R times
+                Vec same[R];
+                for (Vec &sum : same) sum = S::zero();
                 for (std::size_t b = 0; b < nb; b += max_blocks) {
-                    const std::size_t n = smaller(max_blocks, nb - b), at = k + i * second + b;
-                    window.reach(at, n);
-                    add_pair(Dot(w, x, b * L::block, n, ahead), at, at, twice);
+                    const std::size_t n = smaller(max_blocks, nb - b), k = (row + i) * nb + b;
+                    window.reach(k, n);
+                    add_rows(Dot(w, x, b * L::block, n, ahead), k, 0, k, same);
                 }
-                total[r + i] = twice[0];
+                total[i] = same[0];
             }
         }
         if (rows == together && store == Store::set) {
