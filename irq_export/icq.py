@@ -26,6 +26,7 @@ from irq_export.icq_search import (
     block_codes,
     block_entropy,
     plain_entropy,
+    runs_natively,
     search_blocks,
 )
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout, store_scales
@@ -126,10 +127,12 @@ def quantize_rows(
     config = search or SearchConfig()
     part_layout(spec, shape)
     check_settings(spec, config)
+    device = read(slice(0, 1)).device
     if budget is None:
-        budget = _CUDA_BUDGET if read(slice(0, 1)).is_cuda else _CPU_BUDGET
-    at_once = max(1, budget // _bytes_per_block(spec, config))
+        budget = _CUDA_BUDGET if device.type == "cuda" else _CPU_BUDGET
     reference = config.numerics == "reference"
+    native = not reference and runs_natively(device, config)
+    at_once = max(1, budget // _bytes_per_block(spec, None if native else config))
     packed = np.empty(part_layout(spec, shape)["codes"][1], np.uint8)
     scales, taus, before = [], [], 0
     for rows in _row_slices(shape, at_once * spec.block_size):
@@ -174,8 +177,10 @@ def check_settings(spec: BlockSpec, config: SearchConfig) -> None:
         check_spec(spec, config)
 
 
-def _bytes_per_block(spec: BlockSpec, config: SearchConfig) -> int:
-    """Temporaries of the search for one block: candidates (pairs, entropy, mask) and a few sorted copies."""
+def _bytes_per_block(spec: BlockSpec, config: SearchConfig | None) -> int:
+    """Temporaries for one block: its copies, and where torch searches, candidates (pairs, entropy, mask)."""
+    if config is None:
+        return spec.block_size * 16
     return (2 * config.tau_steps + 1) * 40 + spec.block_size * 64 + (1 << spec.bits) * 40
 
 
@@ -225,32 +230,33 @@ def _finish(block: BlockTensor, read: Callable[[slice], Tensor], *, choose_codes
     Returns:
         Entropy of the codes in fixed point, summed over blocks; relative squared error.
     """
-    on_gpu = read(slice(0, 1)).is_cuda
+    device = read(slice(0, 1)).device
+    native = choose_codes and runs_natively(device)
     scale, tau, packed = block.scale(), block.tau(), block.parts["codes"].view(np.uint8)
     entropy, error, norm = 0, 0.0, 0.0
-    for rows in _row_slices(block.shape, _CUDA_ELEMENTS if on_gpu else _MEASURED_ELEMENTS):
-        weight, codes = read(rows).float(), None if choose_codes else packed[rows]
-        finish = _finish_in_torch if on_gpu else _finish_in_numpy
-        done = finish(weight, scale[rows], tau[rows], codes, block.spec)
+    for rows in _row_slices(block.shape, _CUDA_ELEMENTS if device.type == "cuda" else _MEASURED_ELEMENTS):
+        weight, given = read(rows).float(), None if choose_codes else packed[rows]
+        if native:
+            done = _finish_natively(weight, scale[rows], tau[rows], block.spec)
+        else:
+            done = _finish_in_torch(weight, scale[rows], tau[rows], given, block.spec)
         packed[rows] = done.packed
         entropy, error, norm = entropy + done.entropy, error + done.error, norm + done.norm
     return entropy, error / norm if norm else 0.0
 
 
-def _finish_in_numpy(weight: Tensor, scale: F32, tau: F32, packed: U8 | None, spec: BlockSpec) -> _Finished:
-    """Choose (unless given) and measure the codes of rows f32 (rows, in) on a CPU: the specification."""
-    codec, values = spec.codec, weight.numpy()
-    if packed is None:
-        packed = codec.pack(codec.encode(values, scale, tau))
-    codes = codec.unpack(packed)
-    exact = values.astype(np.float64)
-    error = np.square(exact - codec.decode(codes, scale, tau)).sum()
-    entropy = block_entropy(torch.from_numpy(codes.reshape(-1, spec.block_size)), spec.codebook)
-    return _Finished(packed, entropy, float(error), float(np.square(exact).sum()))
+def _finish_natively(weight: Tensor, scale: F32, tau: F32, spec: BlockSpec) -> _Finished:
+    """Choose and measure the codes of rows f32 (rows, in) on a CPU."""
+    from irq_export import icq_native
+
+    done = icq_native.encode(
+        weight.reshape(-1, spec.block_size), scale.reshape(-1), tau.reshape(-1), spec.codebook
+    )
+    return _Finished(done.packed.reshape(len(weight), -1), done.entropy, done.error, done.norm)
 
 
 def _finish_in_torch(weight: Tensor, scale: F32, tau: F32, packed: U8 | None, spec: BlockSpec) -> _Finished:
-    """The same on the device of the weights: equal codes and entropy, sums in another order."""
+    """The same in torch, or measure the codes given: equal codes and entropy, sums in another order."""
     s, t = (torch.from_numpy(x).to(weight.device) for x in (scale, tau))
     if packed is None:
         blocks = weight.reshape(-1, spec.block_size)

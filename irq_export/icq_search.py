@@ -30,6 +30,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +49,7 @@ __all__ = [
     "block_entropy",
     "entropy_table",
     "plain_entropy",
+    "runs_natively",
     "search_blocks",
 ]
 
@@ -264,25 +267,6 @@ def _search(blocks: Tensor, config: SearchConfig, book: _Book, pairs_at_once: in
     return scales.gather(1, winner[:, None])[:, 0], taus.gather(1, winner[:, None])[:, 0]
 
 
-def _search_native(blocks: Tensor, config: SearchConfig, book: _Book) -> tuple[Tensor, Tensor]:
-    """The same as :func:`_search`, bit for bit, on the CPU: a C++ kernel over torch's number of threads."""
-    from irq_runtime import _native
-
-    scale, tau = _native.icq_search(
-        blocks.numpy(),
-        book.levels.numpy(),
-        book.midpoints.numpy(),
-        book.zero_code,
-        0.0 if book.half_range is None else float(book.half_range),
-        book.table.numpy(),
-        config.factors(),
-        config.objective == "entropy",
-        config.tie == "first",
-        torch.get_num_threads(),
-    )
-    return torch.from_numpy(scale), torch.from_numpy(tau)
-
-
 def _refit(blocks: Tensor, scale: Tensor, tau: Tensor, book: _Book, with_tau: bool) -> tuple[Tensor, Tensor]:
     """Step 7."""
     codes = _codes(blocks, scale, tau, book)
@@ -297,6 +281,18 @@ def _refit(blocks: Tensor, scale: Tensor, tau: Tensor, book: _Book, with_tau: bo
     offset = (mw - slope * mc).float()
     better = (variance > 0) & (slope.float() > 0)
     return torch.where(better, slope.float(), scale), torch.where(better, offset, tau)
+
+
+@cache
+def _native_is_built() -> bool:
+    """False in a bare source tree, such as one that was copied to a GPU."""
+    return find_spec("irq_runtime._native") is not None
+
+
+def runs_natively(device: torch.device, config: SearchConfig | None = None) -> bool:
+    """Whether the native module does the work (:mod:`irq_export.icq_native`): on a CPU wherever it can."""
+    fits = config is None or 2 * config.tau_steps < _NATIVE_CANDIDATES
+    return device.type == "cpu" and fits and _native_is_built()
 
 
 def search_blocks(
@@ -318,13 +314,12 @@ def search_blocks(
         from irq_export.kernels.icq import search
 
         return search(blocks, codebook, config, with_tau=with_tau)
+    if runs_natively(blocks.device, config):
+        from irq_export import icq_native
+
+        return icq_native.search(blocks, codebook, config, with_tau=with_tau)
     book = _book(codebook, blocks.shape[1], blocks.device)
-    if not config.icq:
-        scale, tau = _plain_pair(blocks, book)
-    elif blocks.is_cuda or 2 * config.tau_steps >= _NATIVE_CANDIDATES:
-        scale, tau = _search(blocks, config, book, pairs_at_once)
-    else:
-        scale, tau = _search_native(blocks.contiguous(), config, book)
+    scale, tau = _search(blocks, config, book, pairs_at_once) if config.icq else _plain_pair(blocks, book)
     if not config.icq and with_tau:  # a constant block decodes exactly wherever there is an offset
         constant = (blocks == blocks[:, :1]).all(dim=1)
         scale, tau = scale.masked_fill(constant, 0), torch.where(constant, blocks[:, 0], tau)
@@ -333,6 +328,10 @@ def search_blocks(
 
 def plain_entropy(blocks: Tensor, codebook: str) -> int:
     """Sum over blocks f32 (n, B) of the entropy of the plain codes (step 3 without a search), fixed point."""
+    if runs_natively(blocks.device):
+        from irq_export import icq_native
+
+        return icq_native.plain_entropy(blocks, codebook)
     book = _book(codebook, blocks.shape[1], blocks.device)
     scale, tau = _plain_pair(blocks, book)
     return int(_entropy(blocks.sort(dim=1).values, scale[:, None], tau[:, None], book).sum())

@@ -13,18 +13,25 @@ def isa_supported(name: str) -> bool: ...
 def set_isa(name: str) -> bool: ...
 def read_bandwidth(threads: int, size: int, passes: int) -> float: ...
 def check_gguf(path: str, is_model: bool = False) -> list[str]: ...
-def icq_search(
-    blocks: _F32,
-    levels: _F32,
-    midpoints: _F32,
-    zero_code: int,
-    half_range: float,
-    table: NDArray[np.int64],
-    factors: _F32,
-    by_entropy: bool,
-    tie_first: bool,
-    threads: int,
-) -> _F32: ...
+
+class IcqBook:
+    def __init__(
+        self, levels: _F32, midpoints: _F32, zero_code: int, half_range: float, table: NDArray[np.int64]
+    ) -> None: ...
+    def search(
+        self,
+        blocks: _F32,
+        factors: _F32,
+        by_entropy: bool,
+        tie_first: bool,
+        refit: bool,
+        with_tau: bool,
+        threads: int,
+    ) -> _F32: ...
+    def plain_entropy(self, blocks: _F32, threads: int) -> int: ...
+    def encode(
+        self, blocks: _F32, scale: _F32, tau: _F32, threads: int
+    ) -> tuple[NDArray[np.uint8], int, float, float]: ...
 
 class Weight:
     def __init__(

@@ -1,4 +1,4 @@
-"""ICQ against a slow oracle written from its definition, and against bitsandbytes."""
+"""ICQ against a slow oracle written from its definition."""
 
 from __future__ import annotations
 
@@ -10,100 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import SUM_ORDER_FLOAT64
+from icq_oracle import BOOKS, RELEASED_NF4, awkward_blocks, f32, oracle_block, oracle_entropy
 
-from irq_export.icq import SearchConfig, _finish_in_numpy, _finish_in_torch, quantize_tensor
+from irq_export.icq import SearchConfig, quantize_tensor
 from irq_export.icq_search import SIGMA, search_blocks
 from irq_formats.blocks import BlockSpec, encode
-from irq_formats.codebooks import CODEBOOKS
-from irq_formats.double_quant import dynamic_map
 from irq_formats.errors import UnsupportedModel, UsageError
 
-BOOKS = ["nf4", "nf3", "nf2", "int4", "int3", "int2"]
-RELEASED_NF4 = BlockSpec("nf4", scale_rounding="none")
 QLORA = BlockSpec("nf4", tau="none", scale_rounding="none")
-f32 = np.float32
-
-
-# --- the oracle: one block, one candidate at a time ---------------------------------------------------
-
-
-def tree_sum(x):
-    while len(x) > 1:
-        x = x[: len(x) // 2] + x[len(x) // 2 :]
-    return x[0]
-
-
-def oracle_codes(w, scale, tau, book):
-    if scale == 0:
-        return np.full(len(w), book.zero_code)
-    return np.array([sum(x > f32(f32(scale * m) + tau) for m in book.midpoints) for x in w])
-
-
-def oracle_entropy(codes):
-    share = [np.count_nonzero(codes == k) / len(codes) for k in set(codes.tolist())]
-    return sum(round(-p * math.log2(p) * 2**40) for p in share)
-
-
-def oracle_pair(s, t, book, half_step=True):
-    if not book.affine:
-        return s, t
-    d = f32(s / f32((2**book.bits - 1) / 2))
-    return d, f32(t + f32(d / f32(2))) if half_step else t
-
-
-def oracle_block(w, codebook, config, with_tau=True):
-    """Scale and tau of one float32 block."""
-    book = CODEBOOKS[codebook]
-    if config.icq:
-        tau0 = np.sort(w)[len(w) // 2 - 1]
-        reach = np.abs(w - tau0).max()
-        best = None
-        n = config.tau_steps
-        for i in range(2 * n + 1):
-            f = f32((i - n) / n * config.tau_range * SIGMA)
-            t = f32(f32(f * reach) + tau0)
-            scale, tau = oracle_pair(np.abs(w - t).max(), t, book)
-            codes = oracle_codes(w, scale, tau, book)
-            residual = w - (book.levels[codes] * scale + tau)
-            error = tree_sum(residual * residual)
-            entropy = oracle_entropy(codes)
-            key = {
-                ("entropy", "mse"): (-entropy, error),
-                ("entropy", "first"): (-entropy,),
-            }.get((config.objective, config.tie), (error,))
-            if best is None or key < best[0]:
-                best = (key, scale, tau)
-        _, scale, tau = best
-    elif with_tau and (w == w[0]).all():
-        scale, tau = f32(0), w[0]
-    else:
-        scale, tau = oracle_pair(np.abs(w).max(), f32(0), book, half_step=False)
-    if config.refine == "none":
-        return scale, tau
-    c = book.levels[oracle_codes(w, scale, tau, book)].astype(np.float64)
-    x = w.astype(np.float64)
-    mc, mx = (tree_sum(c) / len(w), tree_sum(x) / len(w)) if with_tau else (0.0, 0.0)
-    variance = tree_sum((c - mc) * (c - mc))
-    slope = tree_sum((c - mc) * (x - mx)) / variance if variance > 0 else 0.0
-    return (f32(slope), f32(mx - slope * mc)) if f32(slope) > 0 else (scale, tau)
-
-
-def awkward_blocks(size, seed=0):
-    """Gaussian, heavy-tailed and gridded blocks, and the degenerate ones, float32 (n, size)."""
-    rng = np.random.default_rng(seed)
-    gauss = rng.standard_normal((6, size)) * 0.02
-    heavy = rng.standard_t(2, (3, size))
-    grid = rng.integers(-8, 8, (3, size)) * 0.125  # many equal weights, exact ties of thresholds
-    outlier = np.zeros((1, size))
-    outlier[0, 5] = 3.0
-    two = np.where(np.arange(size) < size // 2, -1.0, 1.0)[None]
-    shifted = rng.standard_normal((1, size)) * 1e-3 + 5.0
-    denormal = rng.integers(-9, 9, (2, size)) * 2.0**-149
-    tiny = rng.standard_normal((1, size)) * 1e-30
-    huge = rng.standard_normal((1, size)) * 1e36
-    flat = np.stack([np.zeros(size), np.full(size, 0.3), np.full(size, -7e-42), np.full(size, 4e37)])
-    return np.concatenate([gauss, heavy, grid, outlier, two, shifted, denormal, tiny, huge, flat]).astype(f32)
 
 
 CONFIGS = [
@@ -288,104 +202,6 @@ def test_awkward_blocks_stay_finite(codebook, config):
         assert math.isfinite(got.rel_mse)
 
 
-# --- bitsandbytes and the released code ---------------------------------------------------------------
-
-
-def bitsandbytes_nf4(weight, block_size):
-    functional = pytest.importorskip("bitsandbytes.functional")
-    packed, state = functional.quantize_4bit(
-        weight, blocksize=block_size, quant_type="nf4", compress_statistics=True
-    )
-    high_first = packed.reshape(-1)
-    codes = torch.stack([high_first >> 4, high_first & 15], dim=1).reshape(weight.shape)
-    return codes.numpy(), state, functional.dequantize_4bit(packed, state).numpy()
-
-
-def weights_for_bitsandbytes():
-    rng = np.random.default_rng(10)
-    spiky = np.zeros((192, 576))
-    spiky[::7, ::64] = rng.standard_normal((28, 9))
-    sparse = rng.standard_normal((64, 1024))
-    sparse[:40] = 0  # whole second-level groups of zeros
-    return {
-        "gaussian": rng.standard_normal((192, 576)) * 0.02,  # 1728 blocks: a short last group
-        "heavy": rng.standard_t(2, (96, 576)),
-        "spiky": spiky,
-        "sparse": sparse,
-        "zero": np.zeros((8, 64)),
-        "constant": np.full((8, 128), -0.3),
-        "gridded": rng.integers(-8, 8, (64, 256)) / 7,
-        "tiny": rng.standard_normal((8, 128)) * 1e-38,
-    }
-
-
-@pytest.mark.parametrize("block_size", [64, 32])
-@pytest.mark.parametrize("name", weights_for_bitsandbytes())
-def test_qlora_equals_bitsandbytes(name, block_size):
-    weight = torch.from_numpy(weights_for_bitsandbytes()[name].astype(f32))
-    codes, state, dequantized = bitsandbytes_nf4(weight, block_size)
-    spec = BlockSpec("nf4", block_size, tau="none", scale_rounding="none")
-    block = quantize_tensor(weight, spec, SearchConfig.released(icq=False)).block
-    np.testing.assert_array_equal(block.codes(), codes)
-    np.testing.assert_array_equal(block.parts["scale"].reshape(-1), state.absmax.numpy())
-    np.testing.assert_array_equal(block.parts["scale_absmax"], state.state2.absmax.numpy())
-    np.testing.assert_array_equal(block.parts["scale_offset"], [state.offset.item()])
-    np.testing.assert_array_equal(block.dequantize(), dequantized)
-
-
-def released_oracle(weight):
-    """tau, codes of the released search (facts ir-qlora, 1.1 and 1.2), every candidate in full with torch."""
-    blocks = torch.from_numpy(weight).reshape(-1, 64)
-    midpoints = torch.from_numpy(CODEBOOKS["nf4"].midpoints)
-
-    def codes_of(tau):
-        half = (blocks - tau).half().float()
-        absmax = half.abs().max(1, keepdim=True)[0]
-        return torch.bucketize((half * (1 / absmax.clamp(min=1e-38))).clamp(-1, 1), midpoints), absmax
-
-    tau0 = blocks.median(1, keepdim=True)[0]
-    reach = (blocks - tau0).abs().max(1, keepdim=True)[0]
-    best, chosen = None, None
-    for f in np.linspace(-0.1 * SIGMA, 0.1 * SIGMA, 201):
-        tau = f * reach + tau0
-        share = (codes_of(tau)[0][None] == torch.arange(16)[:, None, None]).sum(-1, keepdim=True) / 64
-        entropy = -share * torch.log2(share)
-        entropy = torch.where(torch.isnan(entropy), 0, entropy).sum(0)
-        if best is None:
-            best, chosen = entropy, tau
-        else:
-            chosen = torch.where(entropy > best, tau, chosen)
-            best = torch.max(best, entropy)
-    return chosen[:, 0], *codes_of(chosen)
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "degenerate"])
-def test_released_search(kind):
-    rng = np.random.default_rng(11)
-    # 576 blocks: a short last group of tau, but a multiple of 32, where torch's sum over codes is in order
-    weight = (rng.standard_normal((64, 576)) * 0.03).astype(f32)
-    if kind == "degenerate":
-        weight[:30] = 0  # a whole group without an offset
-        weight[31, :64] = 0.25
-    tau, codes, scale = released_oracle(weight)
-    block = quantize_tensor(torch.from_numpy(weight), RELEASED_NF4, SearchConfig.released()).block
-    np.testing.assert_array_equal(block.codes(), codes.reshape(weight.shape))
-    padded = torch.nn.functional.pad(tau, (0, -len(tau) % 256)).reshape(-1, 256)
-    absmax = padded.abs().max(1)[0]
-    distance = ((padded / absmax[:, None])[..., None] - torch.from_numpy(dynamic_map().copy())).abs()
-    index = distance.argmin(-1).reshape(-1)[: len(tau)]
-    np.testing.assert_array_equal(block.parts["tau_absmax"], absmax)
-    np.testing.assert_array_equal(block.parts["tau"].reshape(-1), index)
-    # the scale's nested state is bitsandbytes' own, given the residual the released code quantises
-    residual = (torch.from_numpy(weight).reshape(-1, 64) - tau[:, None]).half().reshape(weight.shape)
-    bnb_codes, state, _ = bitsandbytes_nf4(residual, 64)
-    np.testing.assert_array_equal(block.codes(), bnb_codes)
-    np.testing.assert_array_equal(block.parts["scale"].reshape(-1), state.absmax.numpy())
-    np.testing.assert_array_equal(block.parts["scale_offset"], [state.offset.item()])
-    assert np.isfinite(block.dequantize()).all()
-    assert float(scale.max()) > 0
-
-
 # --- refusals -----------------------------------------------------------------------------------------
 
 
@@ -436,28 +252,3 @@ def test_config_refusals(fields):
 def test_integer_weights_are_refused():
     with pytest.raises(UnsupportedModel, match="dtype"):
         quantize_tensor(torch.zeros((2, 64), dtype=torch.int32), BlockSpec())
-
-
-def test_released_search_refuses_what_fp16_cannot_hold():
-    weight = torch.zeros((1, 64))
-    weight[0, 0] = 1e5
-    with pytest.raises(UnsupportedModel, match="fp16"):
-        quantize_tensor(weight, RELEASED_NF4, SearchConfig.released())
-
-
-@pytest.mark.parametrize("size", [64, 32])
-@pytest.mark.parametrize("codebook", BOOKS)
-def test_codes_chosen_in_torch_are_those_of_the_codec(codebook, size):
-    """What a GPU does after the search, here on a CPU."""
-    spec = BlockSpec(codebook, size)
-    weight = awkward_blocks(size)
-    rng = np.random.default_rng(0)
-    scale = np.abs(weight).max(axis=1, keepdims=True) * f32(0.9)
-    tau = (rng.standard_normal(scale.shape) * 0.01).astype(f32)
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        expected = _finish_in_numpy(torch.from_numpy(weight), scale, tau, None, spec)
-    for packed in (None, expected[0]):
-        found = _finish_in_torch(torch.from_numpy(weight), scale, tau, packed, spec)
-        np.testing.assert_array_equal(found[0], expected[0])
-        assert found[1] == expected[1]
-        assert found[2:] == pytest.approx(expected[2:], rel=SUM_ORDER_FLOAT64)

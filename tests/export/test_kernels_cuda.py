@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from icq_oracle import in_torch
 from tiny_checkpoints import random_block_tensor
 from tolerance import LINEAR_BFLOAT16, LINEAR_FLOAT32, SUM_ORDER_FLOAT32, SUM_ORDER_FLOAT64
 
@@ -200,8 +201,7 @@ def test_quantising_on_cuda_equals_the_cpu(codebook: str) -> None:
     weight = awkward_blocks(64, 960).reshape(-1, 128).clamp(-1e3, 1e3)
     spec = BlockSpec(codebook)
     on_gpu = quantize_tensor(weight.to(CUDA), spec)
-    search = lambda blocks, config, book: _search(blocks, config, book, 1 << 15)  # noqa: E731
-    with mock.patch("irq_export.icq_search._search_native", search):  # needs no compiled module
+    with in_torch():
         on_cpu = quantize_tensor(weight, spec)
     for name, part in on_cpu.block.parts.items():
         np.testing.assert_array_equal(on_gpu.block.parts[name], part, err_msg=name)

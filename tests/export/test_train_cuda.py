@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from icq_oracle import in_torch
 from tolerance import CALIBRATED_CODES, IMPORTANCE_BFLOAT16
 
 import irq_export
 from irq_export.calibrate import read_importance
 from irq_export.cli import main
-from irq_export.icq_search import _search
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 
 if not torch.cuda.is_available():
@@ -65,8 +64,7 @@ def trained(data: Path, output: Path, *more: object) -> Checkpoint:
 )
 def test_the_search_inside_train_is_that_of_a_cpu(options: list[str], data: Path, tmp_path: Path) -> None:
     ours = trained(data, tmp_path / "run", *options, "--importance", "none")
-    search = lambda blocks, config, book: _search(blocks, config, book, 1 << 15)  # noqa: E731
-    with mock.patch("irq_export.icq_search._search_native", search):  # needs no compiled module
+    with in_torch():
         invoke("quantize", DEMO, "-o", tmp_path / "cpu", *options, "--device", "cpu")
     assert ours.base_hash == open_checkpoint(tmp_path / "cpu").base_hash  # of every bit of every tensor
     assert len(ours.blocks) == 28

@@ -1,0 +1,7 @@
+#include "icq.inl"
+
+namespace irq {
+
+const IcqKernels icq_avx512 = kernels;
+
+}  // namespace irq
