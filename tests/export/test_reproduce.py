@@ -148,3 +148,54 @@ def test_batches_pair_the_seeds() -> None:
         for group in (counts[short], counts[~short]):
             assert group.max() - group.min() <= 1
     assert seen[0] != seen[1]
+
+
+def test_sequences_with_one_beginning_are_read_once() -> None:
+    """Letters behind a question: the scores of sequences read one by one, from fewer tokens."""
+    from _reproduce_data import Sequences
+    from _reproduce_eval import log_likelihood
+    from _reproduce_model import KINDS, Arms, Shape, Weights
+
+    shape = Shape(layers=1, hidden=64, ffn=96, heads=4, kv_heads=2, vocab=20, eps=1e-5, theta=1e4)
+    torch.manual_seed(0)
+    linears = {kind: torch.randn((1, 2, *shape.linear(kind))) * 0.2 for kind in KINDS}
+    model = Arms(shape, Weights(torch.randn(20, 64), torch.ones(3, 64), linears))
+    read = []
+    model.watch = lambda kind, layer, x: read.append(x.shape[1]) if kind == "q" else None
+    question = list(range(1, 12))
+    pairs = [([*question, letter], len(question)) for letter in (3, 5, 7)] + [([4, 9, 2, 8, 6], 2)]
+    together = log_likelihood(model, Sequences.of(pairs))
+    assert read == [2 * 32]  # two beginnings, padded to a bucket
+    alone = np.concatenate([log_likelihood(model, Sequences.of([pair])) for pair in pairs], axis=1)
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
+    assert len(np.unique(together.round(3))) == together.size
+
+
+def test_a_subject_counts_once_in_mmlu() -> None:
+    """The mean over subjects of the shares of right answers, whatever their sizes."""
+    from _reproduce_data import Choices, Sequences
+    from _reproduce_eval import _accuracy
+
+    question = np.repeat(np.arange(4), 2)
+    choices = Choices(
+        Sequences.of([([1, 2], 1)] * 8),
+        question,
+        gold=np.array([True, False] * 4),
+        characters=np.ones(8, int),
+        subject=np.repeat([0, 0, 0, 1], 2),
+    )
+    scores = np.array([[1.0, 0, 0, 1, 0, 1, 1, 0]])  # right, wrong, wrong; right
+    assert _accuracy(scores, choices, normalised=False) == pytest.approx((1 / 3 + 1) / 2)
+    assert _accuracy(scores[:, :6], choices.first(3), normalised=False) == pytest.approx(1 / 3)
+
+
+def test_books_are_cut_one_behind_the_other(repo: Path) -> None:
+    from _reproduce_data import _book_windows
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(repo / "irq_export" / "demo_model" / "tokenizer.json"))
+    books = ["Once upon a time there was a cat. " * 4, "The end of it. " * 9, "never read"]
+    ids = [i for book in books[:2] for i in tokenizer.encode(book, add_special_tokens=False).ids]
+    found = _book_windows(tokenizer, books, 8, len(ids) // 8)
+    assert found.ids.tolist() == ids[: len(ids) // 8 * 8]
+    assert set(found.lengths) == {8}
