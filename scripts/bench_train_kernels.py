@@ -6,7 +6,8 @@ them stand the floors measured in the same run: the time of the matrix products 
 
     python scripts/bench_train_kernels.py --json result.json
     python scripts/bench_train_kernels.py --smoke          # tiny shapes, also on a CPU: does everything run?
-    python scripts/bench_train_kernels.py --only cpu-search          # the C++ search, on any machine
+
+Of a CPU: scripts/bench_quantize.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from torch.nn import functional as F
 from irq_export import kernels
 from irq_export.block_linear import decode
 from irq_export.block_modules import IrqLinear
-from irq_export.icq import quantize_tensor
 from irq_export.icq_search import SIGMA, SearchConfig, search_blocks
 from irq_export.iec import IecLinear, add_elastic
 from irq_formats.blocks import BlockSpec, part_layout
@@ -144,27 +144,6 @@ def bench_search(size: int, rounds: int, device: torch.device) -> dict[str, dict
     with without_triton():
         table |= interleaved({"nf4, default, torch": run("nf4", SearchConfig())}, 3, device)
     return table | interleaved({"released-style": lambda: released_search(blocks)}, 2, device, 1)
-
-
-def bench_cpu_search(size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """The C++ search, with torch's number of threads; and all that ``quantize`` does to a matrix."""
-    cpu = torch.device("cpu")
-    weight = torch.randn(size, size) * 0.02
-
-    def search(codebook: str, config: SearchConfig) -> Callable[[], object]:
-        return lambda: search_blocks(weight.view(-1, 64), codebook, config, with_tau=True)
-
-    def stored(config: SearchConfig) -> Callable[[], object]:
-        return lambda: quantize_tensor(weight, BlockSpec("nf4"), config)
-
-    runs = {
-        "nf4, the paper's (first of ties)": search("nf4", SearchConfig(tie="first", refine="none")),
-        "nf4, ties by error": search("nf4", SearchConfig(refine="none")),
-        "int4, ties by error": search("int4", SearchConfig(refine="none")),
-        "nf4, --icq (ties by error, refit), stored": stored(SearchConfig()),
-        "nf4, no search but a refit, stored": stored(SearchConfig(icq=False)),
-    }
-    return interleaved(runs, rounds, cpu)
 
 
 # --- the layer ----------------------------------------------------------------------------------------
@@ -366,8 +345,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=11008)
-    gpu = ["machine", "decode", "layer", "search"]
-    parser.add_argument("--only", choices=[*gpu, "cpu-search"], nargs="+", default=gpu)
+    tables = ["machine", "decode", "layer", "search"]
+    parser.add_argument("--only", choices=tables, nargs="+", default=tables)
     parser.add_argument("--compile", action="store_true", help="the layer under torch.compile too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true")
@@ -387,7 +366,6 @@ def main() -> None:
         "decode": lambda: bench_decode(hidden, inner, rounds, device),
         "layer": lambda: bench_layer(hidden, inner, tokens, rounds, device, arguments.compile),
         "search": lambda: bench_search(hidden, rounds, device),
-        "cpu-search": lambda: bench_cpu_search(hidden, 2),
     }
     for title, run in parts.items():
         if title not in arguments.only:

@@ -74,6 +74,7 @@ class Search {
         std::int32_t zeros = 0;
         for (std::size_t i = 0; i < padded_; ++i) zeros |= scale_[i] == 0.0f ? 1 : 0;
         if (zeros != 0) return false;
+        for (std::size_t i = 0; i < padded_; ++i) last_[i] = none;
         for (std::size_t word = 0; word <= count_ / 64; ++word) busy_[word] = 0;
         crossings_ = 0;
         for (std::size_t k = 0; k + 1 < book_.codes; ++k) {
@@ -84,11 +85,12 @@ class Search {
 
     bool find_crossings(std::size_t k) {
         const float midpoint = book_.midpoints[k];
-        for (std::size_t i = 0; i < padded_; i += lanes) {
+        const std::size_t padded = padded_;
+        for (std::size_t i = 0; i < padded; i += lanes) {
             save(load(scale_ + i) * midpoint + load(tau_ + i), threshold_ + i);
         }
         Tally falls;
-        for (std::size_t i = 0; i < padded_; i += lanes) {
+        for (std::size_t i = 0; i < padded; i += lanes) {
             falls.add_below(load(threshold_ + i + 1), load(threshold_ + i));
         }
         if (falls.count() != 0) return false;
@@ -96,12 +98,10 @@ class Search {
         not_above_[k] = B - above(threshold_[0]);
         for (std::size_t j = not_above_[k], end = B - above(threshold_[padded_ - 1]); j < end; ++j) {
             const std::size_t i = first_not_below(all(sorted_[j]));
-            std::uint64_t &word = busy_[i / 64];
-            const std::uint64_t bit = std::uint64_t{1} << i % 64;
-            next_[crossings_] = (word & bit) != 0 ? last_[i] : none;
-            passed_[crossings_] = static_cast<std::uint8_t>(k);
+            busy_[i / 64] |= std::uint64_t{1} << i % 64;
+            next_[crossings_] = last_[i];
+            passed_[crossings_] = static_cast<std::uint16_t>(k);
             last_[i] = static_cast<std::uint16_t>(crossings_++);
-            word |= bit;
         }
         return true;
     }
@@ -195,8 +195,7 @@ class Search {
 
     // A crossing: at a candidate, a threshold (`passed_`) passes a weight. Those of a candidate are a list.
     std::size_t crossings_ = 0;
-    std::uint8_t passed_[most_thresholds * B];
-    std::uint16_t next_[most_thresholds * B], last_[most_candidates];
+    std::uint16_t passed_[most_thresholds * B], next_[most_thresholds * B], last_[most_candidates];
     std::uint64_t busy_[most_candidates / 64 + 1];  // candidates that have a list
 
     std::size_t runs_ = 0;
