@@ -23,7 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HARNESS = ROOT / "scripts" / "bench_builds"
-FLAGS = ["-O3", "-DNDEBUG", "-std=c++17", "-ffp-contract=off", "-w"]
+# As runtime/src/kernels/CMakeLists.txt has them: without -fPIC GCC inlines otherwise.
+FLAGS = ["-O3", "-DNDEBUG", "-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mbmi2", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "vbmi"))]
 SOURCES = {"cpu": [], "matrix": [], "scalar": [], "avx2": AVX2, "avx512": AVX512}
