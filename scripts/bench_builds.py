@@ -3,10 +3,11 @@
     scripts/bench_builds.py ../speed/nf4.gguf 7815fb5 HEAD worktree --rounds 40
 
 A machine whose speed drifts by half between minutes cannot compare two programs; two builds that are visited
-in turn it can. Each build of runtime/src/kernels gets a namespace of its own (-Dirq=irq_0 ...) and all are
+in turn it can. The last row only reads the same bytes, in the same ranges of rows on as many threads: what is
+left to gain. Each build of runtime/src/kernels gets a namespace of its own (-Dirq=irq_0 ...) and all are
 linked with the engine of the work tree, which opens the model. Shown per build and mode: GB/s of a matrix
 that stays in the cache, and for all layers and the head (from memory, as decoding reads them) the median
-milliseconds, the tenth percentile and the median over rounds of the ratio to the first build. One thread; the
+milliseconds, the tenth percentile and the median over rounds of the ratio to the first build. The
 views of matrices (irq/kernels.h, `Matrix`) must be laid out alike in all of them. Needs cmake and g++.
 """
 
@@ -58,17 +59,20 @@ def compile_kernels(source: Path, index: int, work: Path) -> list[Path]:
 
 
 def table(report: dict[str, Any], revisions: list[str]) -> list[str]:
-    lines = ["| build | mode | cache, GB/s | layers, ms | p10 | ratio | head, ms | p10 | ratio |"]
-    lines.append("|---" * 9 + "|")
-    for mode in ("fast", "exact"):
+    lines = ["| build | mode | cache, GB/s | layers, ms | p10 | ratio | GB/s | head, ms | p10 | ratio |"]
+    lines.append("|---" * 10 + "|")
+    for mode in ("fast", "exact", "read"):
         rows = [row for row in report["rows"] if row["mode"] == mode]
         for row in rows:
-            cells = [revisions[row["build"]], mode, f"{max(row['cache_bytes_per_s']) / 1e9:.1f}"]
+            build = "" if mode == "read" else revisions[row["build"]]
+            cells = [build, mode, f"{max(row['cache_bytes_per_s']) / 1e9:.1f}"]
             for part in ("layers_s", "head_s"):
-                times, first = row[part], rows[0][part]
+                times, first = row[part], report["rows"][0][part] if mode == "read" else rows[0][part]
                 ratio = statistics.median(a / b for a, b in zip(times, first, strict=True))
                 low = statistics.quantiles(times, n=10)[0]
                 cells += [f"{1e3 * statistics.median(times):.2f}", f"{1e3 * low:.2f}", f"{ratio:.2f}"]
+                if part == "layers_s":
+                    cells.append(f"{report['layer_bytes'] / statistics.median(times) / 1e9:.1f}")
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -78,6 +82,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="irq GGUF")
     parser.add_argument("revisions", nargs="+", help="commits, or `worktree`; the first is the measure")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -106,7 +111,10 @@ def main() -> None:
             program,
         )
         done = subprocess.run(
-            [program, args.model, str(args.rounds)], check=True, capture_output=True, text=True
+            [program, args.model, str(args.rounds), str(args.threads)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
     sys.stdout.write("\n".join(table(json.loads(done.stdout), args.revisions)) + "\n")
 

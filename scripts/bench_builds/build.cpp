@@ -10,7 +10,6 @@ void *JOIN(prepare_, BUILD)(const float *x, std::size_t columns, bool is_fast) {
     return input;
 }
 
-void JOIN(multiply_, BUILD)(const void *matrix, const void *input, float *y) {
-    const auto &w = *static_cast<const irq::Matrix *>(matrix);
-    irq::gemv(w, *static_cast<const irq::Activations *>(input), 0, 0, w.rows, y);
+void JOIN(multiply_, BUILD)(const void *matrix, const void *input, std::size_t r0, std::size_t r1, float *y) {
+    irq::gemv(*static_cast<const irq::Matrix *>(matrix), *static_cast<const irq::Activations *>(input), 0, r0, r1, y);
 }

@@ -35,6 +35,9 @@ const float *levels_of(const Matrix &w) { return w.codebook == IRQ_NF4 ? irq_nf4
 
 std::size_t padded_columns(const Matrix &w) { return round_up(w.columns, step_columns); }
 
+// From codes to those to ask memory for.
+std::size_t bytes_ahead(const Matrix &w) { return std::max(least_ahead, rows_at_once * w.columns / 2); }
+
 std::size_t size(const Matrix &w) { return padded_columns(w) + round_up(w.blocks_per_row(), width); }
 
 template <class T>
@@ -109,7 +112,7 @@ template <std::size_t R, class T>
 template <std::size_t R, std::size_t block, class T>
 [[gnu::always_inline]] inline void multiply_rows(const Matrix &w, const float *x, std::size_t r, float *y) {
     const std::size_t nb = w.columns / block, bytes = w.columns / 2;
-    const std::size_t ahead = std::max(least_ahead, R * bytes), values_ahead = ahead / (block / 2) * sizeof(T);
+    const std::size_t ahead = bytes_ahead(w), values_ahead = ahead / (block / 2) * sizeof(T);
     const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + r * bytes;
     const T *scale = static_cast<const T *>(w.scale.values) + r * nb;
     const Vec table = _mm512_loadu_ps(levels_of(w));
@@ -149,8 +152,21 @@ template <std::size_t R, std::size_t block, class T>
     for (std::size_t i = 0; i < R; ++i) y[r + i] = _mm512_reduce_add_ps(total[i]);
 }
 
+// What the first rows read, which no row before them asks for.
+template <std::size_t block, class T>
+[[gnu::always_inline]] inline void prefetch_start(const Matrix &w, std::size_t r0, std::size_t r1) {
+    const std::size_t nb = w.columns / block, ahead = std::min(bytes_ahead(w), (r1 - r0) * w.columns / 2);
+    const std::size_t values = r0 * nb * sizeof(T), values_ahead = ahead / (block / 2) * sizeof(T);
+    for (const BlockValues *v : {&w.tau, &w.scale}) {
+        if (v->storage == Storage::none) continue;
+        for (std::size_t i = 0; i < values_ahead; i += 64) prefetch(v->values, values + i);
+    }
+    for (std::size_t i = 0; i < ahead; i += 64) prefetch(w.data, r0 * w.columns / 2 + i);
+}
+
 template <std::size_t block, class T>
 void multiply_range(const Matrix &w, const float *prepared, std::size_t r0, std::size_t r1, float *y) {
+    prefetch_start<block, T>(w, r0, r1);
     for (; r0 + rows_at_once <= r1; r0 += rows_at_once) multiply_rows<rows_at_once, block, T>(w, prepared, r0, y);
     for (; r0 < r1; ++r0) multiply_rows<1, block, T>(w, prepared, r0, y);
 }
