@@ -176,33 +176,50 @@ def test_exact_products_of_stock_formats(isa: str, type_: GgmlType, tokens: int)
     check_exact(stock_case(type_, (35, columns)), tokens)
 
 
-@pytest.mark.parametrize("tokens", [1, 29])
-@pytest.mark.parametrize(("name", "block_size"), CODECS)
-def test_fast_products(isa: str, name: str, block_size: int, tokens: int) -> None:
-    storage = ("f16", "none") if name == "int8" else ("dq8", "dq8")
-    case = block_case(BlockSpec(name, block_size, *storage), (71, 19 * block_size))
+def check_fast(case: Case, spec: BlockSpec, isa: str, tokens: int, parts: int = 1) -> None:
+    """Worst-case rounding of inputs and levels, and the mean square of both."""
     assert case.terms is not None
     assert case.tau is not None
     x = inputs(tokens, case.weight.shape[1]).astype(np.float64)
     expected = x @ case.weight.astype(np.float64).T
-    actual = case.native.matmul(x.astype(np.float32), "fast", 2)
+    actual = case.native.matmul(x.astype(np.float32), "fast", parts)
     # An input is off by half a step of its span or group (in gemv of bytes a whole one: a low code of 128 is
     # stored as 127); a level by at most half a step of the table, or TABLE_ERROR; their product and float32
     # rounding by less than a hundredth of the two.
-    largest = np.abs(case.terms).reshape(71, -1, block_size).max(axis=2).repeat(block_size, axis=1)
+    blocks = np.abs(case.terms).reshape(len(case.terms), -1, spec.block_size)
+    largest = blocks.max(axis=2).repeat(spec.block_size, axis=1)
     if isa not in BYTES:
         step, table_error = half_steps(x, 64, 4094), 1 / 32766
     elif tokens > FEW_TOKENS:
         step, table_error = half_steps(x, 32, 254), TABLE_ERROR
     else:
         step, table_error = half_steps(x, 64, 127 * 256), TABLE_ERROR
-    if name.startswith("int"):
+    is_exact_table = spec.codebook.startswith("int")
+    if is_exact_table:
         table_error = 0.0
     bound = 1.01 * (step @ case.terms.T + np.abs(x) @ (table_error * 2 * largest).T)
     rounding = UNIT_ROUNDOFF * x.shape[1] * (np.abs(x) @ (2 * largest + np.abs(case.tau)).T)
     assert (np.abs(actual - expected) <= bound + rounding).all()
-    is_exact_table = name.startswith("int")
     assert np.mean((actual - expected) ** 2) <= fast_nmse(isa, tokens, is_exact_table) * np.mean(expected**2)
+
+
+@pytest.mark.parametrize("tokens", [1, 29])
+@pytest.mark.parametrize(("name", "block_size"), CODECS)
+def test_fast_products(isa: str, name: str, block_size: int, tokens: int) -> None:
+    storage = ("f16", "none") if name == "int8" else ("dq8", "dq8")
+    spec = BlockSpec(name, block_size, *storage)
+    check_fast(block_case(spec, (71, 19 * block_size)), spec, isa, tokens, parts=2)
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+@pytest.mark.parametrize(
+    ("name", "block_size", "blocks"), [("nf4", 64, 601), ("nf4", 32, 1031), ("nf3", 64, 1031)]
+)
+def test_rows_too_wide_to_go_together(isa: str, name: str, block_size: int, blocks: int, rows: int) -> None:
+    spec = BlockSpec(name, block_size)
+    case = block_case(spec, (rows, blocks * block_size))
+    check_exact(case, tokens=1)
+    check_fast(case, spec, isa, tokens=1)
 
 
 def half_steps(x: F64, group: int, steps: int) -> F64:
