@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "irq/codebooks.h"
 #include "irq/cpu.h"
 #include "irq/icq.h"
@@ -16,14 +17,6 @@
 namespace {
 
 std::mt19937 random_engine(5);
-int failures = 0, checks = 0;
-
-void expect(bool good, const std::string &what) {
-    ++checks;
-    if (good) return;
-    ++failures;
-    std::fprintf(stderr, "FAILED %s on %s\n", what.c_str(), irq::isa_name(irq::active_isa()));
-}
 
 struct Book {
     std::vector<float> levels, midpoints;

@@ -10,19 +10,12 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "irq/kernels.h"
 
 namespace {
 
 std::mt19937 random_engine(7);
-int failures = 0, checks = 0;
-
-void expect(bool good, const std::string &what) {
-    ++checks;
-    if (good) return;
-    ++failures;
-    std::fprintf(stderr, "FAILED %s on %s\n", what.c_str(), irq::isa_name(irq::active_isa()));
-}
 
 // Exactly `size` random bytes, on the heap and not aligned.
 class RandomBytes {
