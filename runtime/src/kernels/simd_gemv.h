@@ -2,22 +2,15 @@
 // decoding, matrix times vector. S is a type of internal linkage, so every instantiation is too.
 //
 // A row is  sum_b scale_b * (sum_i level[q_i] x_i) + tau_b * (sum_i x_i):  one multiplication by scale per
-// block, and tau never meets a weight. 8-bit indices of scales stay 8-bit in memory, which is what a memory-bound
-// product wants; they are expanded into L1 shortly before their rows are read.
+// block, and tau never meets a weight.
 #pragma once
 
-#include "block_layout.h"
+#include "simd_scales.h"
 
 namespace irq {
 namespace {
 
-constexpr std::size_t max_blocks = 1024;             // of a row that are multiplied in one go
-constexpr std::size_t most_blocks = 2 * max_blocks;  // of all rows that are
-constexpr std::size_t slack = 64;        // floats that vector stores may write behind expanded scales
-constexpr std::size_t together = 4;      // rows whose sums across lanes are taken at once
-
-constexpr std::size_t larger(std::size_t a, std::size_t b) { return a > b ? a : b; }
-constexpr std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+constexpr std::size_t together = 4;  // rows that share expanded scales and whose lanes are summed at once
 
 template <class S>
 void prepare_token(const float *x, std::size_t columns, std::size_t stride, bool, const TokenInput &out) {
@@ -49,61 +42,6 @@ void prepare_token(const float *x, std::size_t columns, std::size_t stride, bool
             S::store_int16(out.codes + s * span_size + i, S::mul(S::load(span + i), rate));
         }
         out.scale[s] = top / largest_input_code;
-    }
-}
-
-// Hardware prefetchers stop at page borders, which rows meet every few hundred nanoseconds.
-constexpr std::size_t codes_ahead = 6144;
-
-// Asks for the cache lines of [address + ahead, ... + bytes); may lie outside of any array. Inlined by force: GCC
-// takes a function that only prefetches for one without effects and leaves calls of it out.
-[[gnu::always_inline]] inline void prefetch(const void *address, std::size_t ahead, std::size_t bytes) {
-    const auto start = reinterpret_cast<std::uintptr_t>(address) + ahead;
-    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void *>(start + i));
-}
-
-template <class S>
-void expand_values(const BlockValues &v, std::size_t k, std::size_t n, float *out) {
-    const auto *bytes = static_cast<const std::uint8_t *>(v.values);
-    switch (v.storage) {
-        case Storage::none:
-            for (std::size_t i = 0; i < n; ++i) out[i] = 0.0f;
-            return;
-        case Storage::f32: std::memcpy(out, bytes + 4 * k, n * sizeof(float)); return;
-        case Storage::f16: return S::expand_f16(bytes + 2 * k, n, out);
-        default: break;
-    }
-    for (const std::size_t end = k + n; k < end;) {  // one group, one absmax at a time
-        const std::size_t group = k / IRQ_GROUP_SIZE;
-        const std::size_t count = smaller((group + 1) * IRQ_GROUP_SIZE, end) - k;
-        S::expand_dq8(bytes + k, count, load_as<float>(v.absmax + group), v.offset, v.round_to_f16, out);
-        k += count;
-        out += count;
-    }
-}
-
-[[gnu::always_inline]] inline void prefetch_values(const BlockValues &v, std::size_t k, std::size_t n) {
-    constexpr std::size_t sizes[] = {0, 4, 2, 1};
-    const std::size_t size = sizes[static_cast<int>(v.storage)];
-    prefetch(v.values, k * size, n * size);
-    if (v.storage == Storage::dq8) prefetch(v.absmax, k / IRQ_GROUP_SIZE * sizeof(float), 1);
-}
-
-// Scales and taus of n blocks from block k on, counted over the matrix. May write `slack` floats more.
-template <class S, class L>
-void expand(const Matrix &w, std::size_t k, std::size_t n, float *scale, float *tau) {
-    if constexpr (L::lead != 0) {
-        const std::uint8_t *block = static_cast<const std::uint8_t *>(w.data) + k * L::stride;
-        for (std::size_t i = 0; i < n; ++i, block += L::stride) {
-            scale[i] = S::load_half(block);
-            if constexpr (L::adds_tau) tau[i] = S::load_half(block + 2);
-        }
-    } else {
-        expand_values<S>(w.scale, k, n, scale);
-        if constexpr (L::adds_tau) expand_values<S>(w.tau, k, n, tau);
-        // Three turns ahead: one is shorter than memory takes when it is busy with codes.
-        prefetch_values(w.scale, k + 3 * n, n);
-        if constexpr (L::adds_tau) prefetch_values(w.tau, k + 3 * n, n);
     }
 }
 
@@ -167,46 +105,6 @@ void decode_rows(const Matrix &w, std::size_t r0, std::size_t r1, float *weight)
         }
     });
 }
-
-// The expanded scales and taus of a stretch of blocks, counted over the matrix. It moves along with the rows and is
-// filled a piece at a time: codes go on arriving from memory while a piece is expanded, which many pieces in a
-// row would stop. Pieces do not cross the groups of dq8.
-template <class S, class L>
-class ScaleWindow {
-  public:
-    explicit ScaleWindow(const Matrix &w) : w_(w), blocks_(w.rows * w.blocks_per_row()) {}
-
-    // What `reach` reads first when it begins with block k.
-    [[gnu::always_inline]] void prefetch_from(std::size_t k) const {
-        if constexpr (L::lead != 0) return;
-        prefetch_values(w_.scale, k, 4 * piece);
-        if constexpr (L::adds_tau) prefetch_values(w_.tau, k, 4 * piece);
-    }
-
-    // Makes blocks [k, k + n) readable, n at most most_blocks.
-    void reach(std::size_t k, std::size_t n) {
-        if (k + n <= end_) return;
-        if (k < begin_ || k + n > begin_ + capacity) {
-            begin_ = end_ = k / piece * piece;
-        }
-        for (; end_ < k + n; end_ += piece) {
-            const std::size_t at = end_ - begin_;
-            expand<S, L>(w_, end_, smaller(piece, blocks_ - end_), scale_ + at, tau_ + at);
-        }
-    }
-
-    const float *scale(std::size_t k) const { return scale_ + (k - begin_); }
-    const float *tau(std::size_t k) const { return tau_ + (k - begin_); }
-
-  private:
-    // Where scales lie among the codes, expanding reads those: not further than they are asked for.
-    static constexpr std::size_t piece = L::lead == 0 ? IRQ_GROUP_SIZE : 32, capacity = most_blocks + piece;
-
-    const Matrix &w_;
-    const std::size_t blocks_;
-    std::size_t begin_ = blocks_, end_ = 0;  // nothing
-    alignas(64) float scale_[capacity + piece + slack], tau_[capacity + piece + slack];
-};
 
 // The same n blocks of some rows.
 template <std::size_t R>
@@ -313,9 +211,9 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
     const std::size_t nb = w.blocks_per_row();
     const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + L::lead;
     const std::size_t ahead = larger(Dot::bytes_ahead, R * nb * L::stride);
-    const bool narrow = nb <= most_blocks / R;
+    const bool narrow = nb <= max_blocks;
     const Dot whole(w, x, 0, narrow ? nb : 0, ahead);
-    ScaleWindow<S, L> window(w);
+    ScaleWindow<S, L> window(w, narrow ? together * nb : max_blocks);
     // Rows whose first blocks are k0, k0 + step, ..., as far as `last`.
     const auto add_rows = [&](const Dot &dot, std::size_t k0, std::size_t step, std::size_t last, Vec *total) {
         Rows<R> rows;
@@ -328,15 +226,14 @@ void gemv_blocks(const Matrix &w, const TokenInput &x, std::size_t r0, std::size
     };
     window.prefetch_from(r0 * nb);
     prefetch(codes + r0 * nb * L::stride, 0, smaller(ahead, (r1 - r0) * nb * L::stride));
-    const std::size_t at_once = together * nb <= most_blocks ? together : R;
     for (std::size_t row = r0; row < r1; row += together) {
         const std::size_t rows = smaller(together, r1 - row);
         Vec total[together] = {S::zero(), S::zero(), S::zero(), S::zero()};
+        if (narrow) window.reach(row * nb, rows * nb);
 #pragma GCC unroll 2
         for (std::size_t r = 0; r < together; r += R) {
             if (r >= rows) break;
             if (narrow) {
-                if (r % at_once == 0) window.reach((row + r) * nb, smaller(at_once, rows - r) * nb);
                 add_rows(whole, (row + r) * nb, nb, (row + rows - 1) * nb, total + r);
                 continue;
             }
