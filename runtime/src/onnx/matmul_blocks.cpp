@@ -4,8 +4,8 @@
 #include <atomic>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <new>
+#include <thread>
 
 #include "halves.h"
 #include "row_gemv.h"
@@ -56,6 +56,23 @@ void permute(const Matrix &w, const float *x, float *permuted) {
         }
     }
 }
+
+// What one task does and all wait for. std::call_once would put those that wait to sleep, and waking one takes ten
+// times longer than what it waits for.
+class Preparation {
+  public:
+    template <class Prepare>
+    void once(const Prepare &prepare) {
+        if (!is_begun_.exchange(true)) {
+            prepare();
+            is_done_.store(true, std::memory_order_release);
+        }
+        while (!is_done_.load(std::memory_order_acquire)) std::this_thread::yield();
+    }
+
+  private:
+    std::atomic<bool> is_begun_{false}, is_done_{false};
+};
 
 bool is_permuted(const Matrix &w) { return w.codebook == IRQ_NF4 || w.codebook == IRQ_INT4; }
 
@@ -225,10 +242,10 @@ void MatMulBlocks::multiply_many(const Call &call, const TiledGemm &gemm) const 
 // done, and tasks are small enough that whoever is awake goes on.
 void MatMulBlocks::multiply_one(const Call &call, const RowGemv &gemv) const {
     const std::unique_ptr<float[]> prepared(new float[gemv.size(shape_)]);
-    std::once_flag is_prepared;
+    Preparation preparation;
     const std::size_t rows_per_task = round_up(std::max<std::size_t>(1, codes_per_task / shape_.row_bytes()), row_tile);
     call.share_out(shape_.rows, rows_per_task, [&](std::size_t r0, std::size_t r1) {
-        std::call_once(is_prepared, [&] { gemv.prepare(shape_, call.a, is_half(), prepared.get()); });
+        preparation.once([&] { gemv.prepare(shape_, call.a, is_half(), prepared.get()); });
         gemv.multiply(call.weight, prepared.get(), r0, r1, call.result);
         call.finish_rows(r0, r1);
     });
