@@ -1,16 +1,12 @@
 """The tokenizer a file carries: text to tokens and back, and the chat template.
 
 Our exporters store the Hugging Face ``tokenizer.json`` verbatim under ``tokenizer.huggingface.json``;
-the ``tokenizers`` library runs it. The chat template is code from somebody else: it is rendered only
-when asked for, in jinja2's immutable sandbox.
+the ``tokenizers`` library runs it. The chat template is rendered only when asked for.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any
 
 import tokenizers
 
@@ -18,7 +14,7 @@ from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.fields import Fields
 from irq_formats.gguf import GgufFile
 
-__all__ = ["Tokenizer", "load_tokenizer", "render_template"]
+__all__ = ["Tokenizer", "load_tokenizer"]
 
 
 class Tokenizer:
@@ -66,58 +62,40 @@ class Tokenizer:
         """Return how a token is written in the vocabulary ("" for None)."""
         return "" if token is None else self._model.id_to_token(token) or ""
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
         """Render messages (``role``, ``content``) with the file's chat template.
 
+        Args:
+            messages: The conversation.
+            add_generation_prompt: End where the assistant begins to speak.
+            variables: Further ones of the template, plain values, such as Qwen3's ``enable_thinking``.
+
         Raises:
-            UsageError: The file has no template, or the template refuses the messages.
+            UsageError: The file has no template, the template refuses the messages, or a variable has the
+                name of one that is set here.
             MalformedFile: The template is broken, or reaches out of its sandbox.
         """
+        from irq_runtime.chat_template import render_template
+
         if self.chat_template is None:
             raise UsageError(
                 "the file carries no chat template", hint="Leave --chat out to continue plain text"
             )
-        return render_template(
-            self.chat_template,
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            bos_token=self.token_text(self.bos),
-            eos_token=self.token_text(self.stop_tokens[0] if self.stop_tokens else None),
-        )
-
-
-def render_template(template: str, **variables: Any) -> str:
-    """Render a chat template as transformers does, in jinja2's immutable sandbox.
-
-    Raises:
-        UsageError: The template called ``raise_exception``.
-        MalformedFile: Any other failure.
-    """
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise UsageError("the chat template refuses these messages", got=message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(**variables)
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise MalformedFile(
-            "the chat template fails",
-            where="tokenizer.chat_template",
-            got=f"{type(error).__name__}: {error}",
-        ) from error
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+        own: dict[str, object] = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.token_text(self.bos),
+            "eos_token": self.token_text(self.stop_tokens[0] if self.stop_tokens else None),
+        }
+        given = dict(variables or {})
+        if taken := sorted(own.keys() & given):
+            raise UsageError("the chat template's variable cannot be given", got=", ".join(taken))
+        return render_template(self.chat_template, {**given, **own})
 
 
 def load_tokenizer(gguf: GgufFile) -> Tokenizer:

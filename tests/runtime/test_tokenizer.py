@@ -1,8 +1,7 @@
-"""Tokenizers out of files, streaming of their text, chat templates."""
+"""Tokenizers out of files, and streaming of their text."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
+from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.gguf import BOOL, STR, U32, GgufValue, open_gguf, write_gguf
 from irq_runtime.text_stream import TextStream
-from irq_runtime.tokenizer import Tokenizer, load_tokenizer, render_template
+from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧 naïve  spaces\n\ttab  'quotes' 1234 \u0000 end"
-MESSAGES = [{"role": "user", "content": "Hi {{ 7 * 7 }}"}]
 
 
 def byte_level() -> tokenizers.Tokenizer:
@@ -147,50 +145,3 @@ class TestStream:
         pieces = [stream.push(token) for token in tokenizer.encode(text)]
         assert "".join(pieces) + stream.finish() == expected
         assert stream.stopped == stopped
-
-
-class TestChat:
-    def test_equals_transformers(self, shared_data: Path, tmp_path: Path) -> None:
-        folder = real_files(shared_data)["bpe"]
-        template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
-        keys = {
-            "tokenizer__huggingface__json": STR((folder / "tokenizer.json").read_text()),
-            "tokenizer__chat_template": STR(template),
-        }
-        expected = AutoTokenizer.from_pretrained(folder)
-        tokenizer = in_file(tmp_path / "t.gguf", **keys)
-        for prompt in (True, False):
-            assert tokenizer.render_chat(MESSAGES, prompt) == expected.apply_chat_template(
-                MESSAGES, tokenize=False, add_generation_prompt=prompt
-            )
-
-    def test_variables(self) -> None:
-        template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}"
-        tokenizer = Tokenizer(byte_level(), bos=0, stop_tokens=(1,), chat_template=template)
-        assert tokenizer.render_chat(MESSAGES) == "<s>Hi {{ 7 * 7 }}</s>"
-
-    def test_no_template(self) -> None:
-        with pytest.raises(UsageError):
-            Tokenizer(byte_level()).render_chat(MESSAGES)
-
-    def test_refusal_of_the_template(self) -> None:
-        with pytest.raises(UsageError, match="alternate"):
-            render_template("{{ raise_exception('roles must alternate') }}")
-
-    @pytest.mark.parametrize(
-        "template",
-        [
-            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-            "{{ messages.append(1) }}",
-            "{{ cycler.__init__.__globals__.os.system('true') }}",
-            "{% for i in range(10**9) %}{% endfor %}",
-            "{% include '/etc/passwd' %}",
-            "{% if %}",
-            "{{ 1 / 0 }}",
-            "{{ messages[9].content }}",
-            "{{ messages | nonsense }}",
-        ],
-    )
-    def test_broken_and_hostile_templates(self, template: str) -> None:
-        with pytest.raises(MalformedFile):
-            render_template(template, messages=MESSAGES)

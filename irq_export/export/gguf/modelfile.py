@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from irq_formats.errors import IrqError
-from irq_runtime.tokenizer import render_template
+from irq_runtime.chat_template import render_template
 
 __all__ = ["MODELFILE_NAME", "modelfile"]
 
@@ -76,10 +76,9 @@ def modelfile(base_name: str, adapter_name: str | None, chat_template: str | Non
 def _recognise(template: str, bos: str) -> _Format | None:
     """Return the format that renders a conversation exactly as the template does."""
     messages = [{"role": role, "content": content} for role, content in _CHAT]
+    variables = {"messages": messages, "add_generation_prompt": True, "bos_token": bos, "eos_token": ""}
     try:
-        rendered = render_template(
-            template, messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=""
-        )
+        rendered = render_template(template, variables)
     except IrqError:
         return None
     for known in (_CHATML, _LLAMA3):
