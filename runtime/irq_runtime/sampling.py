@@ -111,6 +111,8 @@ def likeliest(scores: FloatArray, count: int) -> NDArray[np.intp]:
     """
     if count >= scores.size:
         return np.argsort(-scores, kind="stable")
+    if count == 0:
+        return np.empty(0, np.intp)
     least = np.partition(scores, scores.size - count)[scores.size - count]
     ids = np.flatnonzero(scores >= least)
     return ids[np.argsort(-scores[ids], kind="stable")][:count]

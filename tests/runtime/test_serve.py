@@ -61,13 +61,14 @@ class TestCompletions:
         assert reply["choices"][1]["text"] == text_of(client, max_tokens=8, temperature=1.5, seed=1)
         assert reply["usage"]["prompt_tokens"] == post(client, prompt=PROMPT)["usage"]["prompt_tokens"]
 
-    def test_logprobs(self, client: httpx.Client) -> None:
-        choice = post(client, prompt=PROMPT, max_tokens=8, temperature=0, logprobs=3)["choices"][0]
+    @pytest.mark.parametrize("count", [0, 1, 3, 20])
+    def test_logprobs(self, client: httpx.Client, count: int) -> None:
+        choice = post(client, prompt=PROMPT, max_tokens=8, temperature=0, logprobs=count)["choices"][0]
         shown = choice["logprobs"]
         assert "".join(shown["tokens"]) == choice["text"]
         for logprob, top in zip(shown["token_logprobs"], shown["top_logprobs"], strict=True):
-            assert len(top) == 3
-            assert logprob == max(top.values()) <= 0
+            assert len(top) == count
+            assert logprob == max(top.values(), default=logprob) <= 0
 
 
 class TestChat:
@@ -89,12 +90,19 @@ class TestChat:
         )
         assert first == second
 
-    def test_logprobs(self, client: httpx.Client) -> None:
-        options = {"messages": self.MESSAGES, "max_tokens": 6, "logprobs": True, "top_logprobs": 2, "seed": 1}
+    @pytest.mark.parametrize("count", [None, 0, 2])
+    def test_logprobs(self, client: httpx.Client, count: int | None) -> None:
+        options = {
+            "messages": self.MESSAGES,
+            "max_tokens": 6,
+            "logprobs": True,
+            "top_logprobs": count,
+            "seed": 1,
+        }
         choice = post(client, "chat/completions", **options)["choices"][0]
         entries = choice["logprobs"]["content"]
         assert "".join(entry["token"] for entry in entries) == choice["message"]["content"]
-        assert all(len(entry["top_logprobs"]) == 2 for entry in entries)
+        assert all(len(entry["top_logprobs"]) == (count or 0) for entry in entries)
         chunks = events_of(client, "chat/completions", **options)
         streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
         assert [entry for part in streamed if part for entry in part["content"]] == entries

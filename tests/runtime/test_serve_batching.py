@@ -13,13 +13,13 @@ import httpx
 import numpy as np
 import pytest
 
-from irq_formats.errors import MalformedFile
+from irq_formats.errors import IrqError, MalformedFile
 from irq_formats.gguf import open_gguf
 from irq_runtime.engine import Engine
 from irq_runtime.sampling import SamplingParams
 from irq_runtime.serve.generation import Done, Event, Generation
 from irq_runtime.serve.scheduler import Scheduler
-from irq_runtime.tokenizer import load_tokenizer
+from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 from tests.serving import CHUNK, HEAVY, LONG, PROMPT, client_of, is_idle, post, text_of, wait_until
 
 
@@ -81,14 +81,9 @@ class TestTogether:
         assert 0 < cached[2] < cached[1]
         assert again["choices"] == first["choices"]
 
-    def test_a_model_that_computes_nan_fails_its_requests_only(self, demo: Path) -> None:
-        class Broken(Engine):
-            def step_each(self, tokens: Sequence[int], caches: Sequence[Any]) -> Any:
-                logits = super().step_each(tokens, caches)
-                logits[np.array(tokens) == 7] = np.nan
-                return logits
-
-        scheduler = Scheduler(Broken(demo, threads=1), load_tokenizer(open_gguf(demo)), chunk=CHUNK)
+    def ends_of(self, engine: Engine, tokenizer: Tokenizer, prompts: Sequence[tuple[int, ...]]) -> list[Done]:
+        """How texts after prompts end that are generated together; the scheduler must outlive it."""
+        scheduler = Scheduler(engine, tokenizer, chunk=CHUNK)
         ends: dict[int, Done] = {}
         ended = threading.Semaphore(0)
 
@@ -98,13 +93,45 @@ class TestTogether:
                 ended.release()
 
         params = SamplingParams(max_tokens=1, temperature=1.0)
-        scheduler.submit([Generation((5, 7), params), Generation((5, 6), params)], emit)
-        for _ in range(2):
+        scheduler.submit([Generation(prompt, params) for prompt in prompts], emit)
+        for _ in prompts:
             assert ended.acquire(timeout=30)
-        assert isinstance(ends[0].error, MalformedFile)
-        assert ends[1].error is None
         assert scheduler.load().is_alive
         scheduler.close()
+        return [ends[index] for index in range(len(prompts))]
+
+    def test_a_model_that_computes_nan_fails_its_requests_only(self, demo: Path) -> None:
+        class Broken(Engine):
+            def step_each(self, tokens: Sequence[int], caches: Sequence[Any]) -> Any:
+                logits = super().step_each(tokens, caches)
+                logits[np.array(tokens) == 7] = np.nan
+                return logits
+
+        ends = self.ends_of(Broken(demo, threads=1), load_tokenizer(open_gguf(demo)), [(5, 7), (5, 6)])
+        assert isinstance(ends[0].error, MalformedFile)
+        assert ends[1].error is None
+
+    def test_a_bug_fails_its_requests_only(self, demo: Path) -> None:
+        tokenizer = load_tokenizer(open_gguf(demo))
+        decode = tokenizer.decode
+
+        def broken(ids: Sequence[int], skip_special: bool = True) -> str:
+            if 7 in ids:
+                raise ZeroDivisionError
+            return decode(ids, skip_special)
+
+        tokenizer.decode = broken  # type: ignore[method-assign]
+        ends = self.ends_of(Engine(demo, threads=1), tokenizer, [(5, 7), (5, 6)])
+        assert type(ends[0].error) is IrqError
+        assert ends[1].error is None
+
+    def test_a_bug_in_a_pass_fails_that_pass_only(self, demo: Path) -> None:
+        class Broken(Engine):
+            def step_each(self, tokens: Sequence[int], caches: Sequence[Any]) -> Any:
+                raise ZeroDivisionError
+
+        ends = self.ends_of(Broken(demo, threads=1), load_tokenizer(open_gguf(demo)), [(5, 7), (5, 6)])
+        assert [type(end.error) for end in ends] == [IrqError, IrqError]
 
 
 class TestCancellation:

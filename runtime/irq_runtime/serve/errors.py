@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from irq_formats.errors import IrqError, UsageError
 
 __all__ = [
+    "LOG",
     "BadHost",
     "BodyTooLarge",
     "NoSuchModel",
@@ -24,7 +25,7 @@ __all__ = [
 
 Json = dict[str, object]
 
-_LOG = logging.getLogger("uvicorn.error")  # where the server's own messages go
+LOG = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
 
 class NotAuthorized(IrqError):
@@ -103,7 +104,7 @@ def error_body(error: IrqError) -> Json:
     """Return the JSON document of an error; what is wrong with the server is told to its log only."""
     status = _STATUS.get(type(error), 500)
     if status == 500:
-        _LOG.error("request failed: %s", error)
+        LOG.error("request failed: %s", error)
     message = "the model could not be run" if status == 500 else str(error)
     return error_document(status, message, code=error.code)
 

@@ -15,18 +15,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 from irq_formats.errors import IrqError
 from irq_runtime.engine import Engine, EngineSession
-from irq_runtime.serve.errors import QueueFull, Stopping
+from irq_runtime.serve.errors import LOG, QueueFull, Stopping
 from irq_runtime.serve.generation import Event, Generation, Job
 from irq_runtime.tokenizer import Tokenizer
 
 __all__ = ["Load", "Scheduler"]
-
 
 @dataclass(frozen=True)
 class Load:
@@ -186,36 +186,41 @@ class Scheduler:
             return
         slot, job = min(unread, key=lambda pair: pair[0].since)
         part = job.unread[: min(self._chunk, len(job.unread) - 1)]
-        try:
+        with self._ending([(slot, job)]):
             slot.session.next_logits(part)
-        except IrqError as error:
-            self._finish(slot, job, "error", error)
-            return
-        del job.unread[: len(part)]
-        if len(part) == self._chunk:
-            slot.chunks += part
+            del job.unread[: len(part)]
+            if len(part) == self._chunk:
+                slot.chunks += part
 
     def _decode(self) -> None:
         """Add one token to every text whose prompt has been read."""
         ready = [(slot, job) for slot, job in self._busy() if len(job.unread) == 1]
         if not ready:
             return
-        try:
+        with self._ending(ready):
             logits = self._engine.step_each(
                 [job.unread[0] for _, job in ready], [slot.session.cache for slot, _ in ready]
             )
-        except IrqError as error:
-            for slot, job in ready:
-                self._finish(slot, job, "error", error)
+            for (slot, job), row in zip(ready, logits, strict=True):
+                with self._ending([(slot, job)]):
+                    reason = job.advance(row)
+                    if reason is not None:
+                        self._finish(slot, job, reason)
+
+    @contextmanager
+    def _ending(self, jobs: Sequence[tuple[_Slot, Job]]) -> Iterator[None]:
+        """End the jobs that an error befalls, and no others: the thread goes on."""
+        try:
+            yield
+        except IrqError as error:  # the file has changed, or the model computes NaN
+            failure = error
+        except Exception:
+            LOG.exception("a bug ended %d requests", len(jobs))
+            failure = IrqError("internal error")
+        else:
             return
-        for (slot, job), row in zip(ready, logits, strict=True):
-            try:
-                reason = job.advance(row)
-            except IrqError as error:  # a model that computes NaN
-                self._finish(slot, job, "error", error)
-                continue
-            if reason is not None:
-                self._finish(slot, job, reason)
+        for slot, job in jobs:
+            self._finish(slot, job, "error", failure)
 
     def _finish(self, slot: _Slot, job: Job, reason: str, error: IrqError | None = None) -> None:
         """Free a slot, then tell the client: its next request finds the slot free."""
