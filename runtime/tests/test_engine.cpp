@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -83,6 +84,40 @@ void test_c_interface(const std::string &model) {
     irq_close(engine);
 }
 
+// A sequence is as long as its own engine says: another engine must not write to it.
+void test_foreign_sequences(const std::string &model) {
+    irq::EngineOptions options;
+    options.context = 8;
+    auto engine = std::make_unique<irq::Engine>(model, options);
+    options.context = 200;
+    irq::Engine other(model, options);
+    std::vector<float> logits(static_cast<std::size_t>(other.model().config().vocab_size));
+    const auto refuses = [&](irq::Sequence *sequence, const char *what) {
+        const irq::Row row{sequence, 1, true};
+        try {
+            engine->eval(&row, 1, logits.data());
+        } catch (const irq::Error &error) {
+            require(error.fault == irq::Fault::usage && std::string(error.what()).find("of this engine") != std::string::npos,
+                    what);
+            return;
+        }
+        require(false, what);
+    };
+    const auto longer = other.new_sequence();
+    for (int i = 0; i < 150; ++i) {
+        const irq::Row row{longer.get(), 1, true};
+        other.eval(&row, 1, logits.data());
+    }
+    refuses(longer.get(), "a sequence of another engine");
+    refuses(nullptr, "no sequence");
+    const auto orphan = engine->new_sequence();
+    engine.reset();
+    options.context = 8;
+    engine = std::make_unique<irq::Engine>(model, options);  // likely at the same address
+    refuses(orphan.get(), "a sequence of an engine that was closed");
+    require(longer->length() == 150 && orphan->length() == 0, "and leaves them as they were");
+}
+
 // One to four random bytes, mostly of the header: an Error, or a model that computes something.
 void test_damage(const std::string &model) {
     std::ifstream file(model, std::ios::binary);
@@ -122,7 +157,10 @@ int main(int argc, char **argv) {
     test_threads();
     test_corpus(argv[1]);
     test_c_interface(model);
-    if (!model.empty()) test_damage(model);
+    if (!model.empty()) {
+        test_foreign_sequences(model);
+        test_damage(model);
+    }
     std::puts("ok");
     return 0;
 }

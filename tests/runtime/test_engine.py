@@ -323,6 +323,19 @@ class TestSequences:
         with pytest.raises(UsageError):
             Engine(irq_file, **options)
 
+    def test_a_sequence_of_another_engine(self, irq_file: Path) -> None:
+        short, long = Engine(irq_file, context=8), Engine(irq_file, context=200)
+        cache = long.new_cache()
+        long.step([1] * 150, cache)
+        for call in (
+            lambda: short.step([1], cache),
+            lambda: short.step_each([1], [cache]),
+            lambda: short.step_each([1], [None]),
+        ):
+            with pytest.raises(UsageError, match="not of this engine"):
+                call()
+        assert cache.length == 150
+
     def test_calls_from_several_threads(self, irq_file: Path) -> None:
         engine = Engine(irq_file)
         expected = engine.logits([1, 2, 3])

@@ -25,7 +25,8 @@ struct EngineOptions {
 // Keys and values of one text. Memory is taken from the system as positions fill.
 class Sequence {
 public:
-    Sequence(const ModelConfig &config, std::size_t capacity, bool is_half);
+    // owner: the engine that may append to it.
+    Sequence(std::uint64_t owner, const ModelConfig &config, std::size_t capacity, bool is_half);
 
     std::size_t length() const { return length_; }
     std::size_t capacity() const { return capacity_; }
@@ -37,6 +38,7 @@ private:
         void operator()(void *memory) const;
     };
 
+    std::uint64_t owner_;
     std::size_t layers_, heads_, capacity_, head_dim_;
     bool is_half_;
     std::size_t head_bytes_;  // of the keys, or of the values, of one head of one layer
@@ -52,7 +54,7 @@ struct Row {
     bool wants_logits = true;
 };
 
-// Not thread-safe: one evaluation at a time. Sequences of one engine only.
+// Not thread-safe: one evaluation at a time.
 class Engine {
 public:
     // Error: the files or the options are refused.
@@ -66,8 +68,8 @@ public:
 
     // Appends every row to its sequence, in order, and writes the logits of the rows that want them,
     // (wanted, vocab_size). Rows of several sequences share the reading of the weights. Nothing is
-    // allocated. Error, and no sequence changed: a token outside the vocabulary, a sequence that is full,
-    // or a model file that changed on disk.
+    // allocated. Error, and no sequence changed: no sequence, or one of another engine, a token outside the
+    // vocabulary, a sequence that is full, or a model file that changed on disk.
     void eval(const Row *rows, std::size_t count, float *logits);
 
 private:
@@ -88,6 +90,7 @@ private:
     void add_to_residual(const Linear &linear, const Activations &x);
     std::size_t logits_of_batch(float *logits);
 
+    std::uint64_t id_;  // no two engines of a process have the same, closed ones included
     EngineOptions options_;
     Model model_;
     ThreadPool pool_;

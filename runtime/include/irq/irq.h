@@ -66,7 +66,7 @@ IRQ_API irq_status irq_open(const char *path, const irq_options *options, irq_en
 IRQ_API void irq_close(irq_engine *engine);
 IRQ_API irq_info irq_model_info(const irq_engine *engine);
 
-/* An empty sequence. Free with irq_sequence_free. */
+/* An empty sequence, for this engine alone: another one refuses it. Free with irq_sequence_free. */
 IRQ_API irq_status irq_sequence_new(irq_engine *engine, irq_sequence **sequence);
 IRQ_API void irq_sequence_free(irq_sequence *sequence);
 /* Tokens it holds. */

@@ -2,6 +2,7 @@
 #include "irq/engine.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "irq/error.h"
 #include "vector_ops.h"
@@ -21,6 +22,11 @@ EngineOptions checked(EngineOptions options) {
         throw Error(Fault::usage, "context out of range", "", "at most 2^31 positions", show(options.context));
     }
     return options;
+}
+
+std::uint64_t next_id() {
+    static std::atomic<std::uint64_t> last{0};
+    return ++last;
 }
 
 }  // namespace
@@ -58,7 +64,8 @@ Engine::Workspace::Workspace(const Model &model, const EngineOptions &options) {
 }
 
 Engine::Engine(const std::string &path, const EngineOptions &options)
-    : options_(checked(options)),
+    : id_(next_id()),
+      options_(checked(options)),
       model_(path, options.adapter, options.adapter_scale, options.mode),
       pool_(options.threads) {
     if (options_.context == 0) {
@@ -71,13 +78,19 @@ Engine::Engine(const std::string &path, const EngineOptions &options)
 Engine::~Engine() = default;
 
 std::unique_ptr<Sequence> Engine::new_sequence() const {
-    return std::make_unique<Sequence>(model_.config(), options_.context, options_.half_cache);
+    return std::make_unique<Sequence>(id_, model_.config(), options_.context, options_.half_cache);
 }
 
 void Engine::eval(const Row *rows, std::size_t count, float *logits) {
     model_.check_unchanged();
     const std::int64_t vocabulary = model_.config().vocab_size;
-    for (std::size_t i = 0; i < count; ++i) rows[i].sequence->added_ = 0;
+    for (std::size_t i = 0; i < count; ++i) {  // another engine's may have other sizes
+        if (rows[i].sequence == nullptr || rows[i].sequence->owner_ != id_) {
+            throw Error(Fault::usage, "the sequence is not of this engine", "", "", "",
+                        "Take sequences from the engine that computes");
+        }
+        rows[i].sequence->added_ = 0;
+    }
     for (std::size_t i = 0; i < count; ++i) {
         Sequence &sequence = *rows[i].sequence;
         if (rows[i].token < 0 || rows[i].token >= vocabulary) {

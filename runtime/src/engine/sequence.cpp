@@ -9,8 +9,9 @@ namespace irq {
 
 void Sequence::Free::operator()(void *memory) const { std::free(memory); }
 
-Sequence::Sequence(const ModelConfig &config, std::size_t capacity, bool is_half)
-    : layers_(static_cast<std::size_t>(config.num_hidden_layers)),
+Sequence::Sequence(std::uint64_t owner, const ModelConfig &config, std::size_t capacity, bool is_half)
+    : owner_(owner),
+      layers_(static_cast<std::size_t>(config.num_hidden_layers)),
       heads_(static_cast<std::size_t>(config.num_key_value_heads)),
       capacity_(padded(capacity)),
       head_dim_(static_cast<std::size_t>(config.head_dim)),
