@@ -122,8 +122,7 @@ class OnnxTarget:
     def _named(self) -> list[NamedAdapter]:
         if not self.sources:
             return []
-        options = OnnxOptions(dtype=self.options.dtype, adapters=tuple(self.sources.values()))
-        return open_adapters(self.checkpoint, options, self.dtype)
+        return open_adapters(self.checkpoint, OnnxOptions(adapters=tuple(self.sources.values())))
 
     def _same_config(self) -> Check:
         """Compare genai_config.json with what we write; only the settings of its search are free."""

@@ -230,6 +230,27 @@ def test_float16(attention, made, tmp_path):
     assert nmse(logits, torch_logits(made("llama", "int4"))) <= NMSE_FLOAT16_TINY
 
 
+@pytest.mark.parametrize("baked", [False, True])
+def test_adapters_are_float32_in_a_float16_model(baked, made, tmp_path):
+    """float16 inputs with defaults crash onnxruntime 1.23 to 1.28, and would round what was trained."""
+    checkpoint = made("llama", "int4")
+    adapter = save_adapter(checkpoint, tmp_path / "a", rank=4, seed=8)
+    to_onnx(checkpoint, tmp_path / "o", dtype="f16", adapters=[tmp_path / "a"], bake_adapter=baked)
+    graph = open_model(tmp_path / "o").proto.graph
+    pairs = [tensor for tensor in graph.initializer if ".lora_" in tensor.name]
+    assert len(pairs) == 2 * 14
+    assert {tensor.data_type for tensor in pairs} == {onnx.TensorProto.FLOAT}
+    assert len([value for value in graph.input if ".lora_" in value.name]) == (0 if baked else 2 * 14)
+    runner = OnnxRunner(tmp_path / "o")
+    base = torch_logits(checkpoint)
+    if not baked:
+        assert nmse(runner.logits(IDS), base) <= NMSE_FLOAT16_TINY
+        runner.use(tmp_path / "o" / "a.onnx_adapter")
+    expected = torch_logits(checkpoint, adapter)
+    assert nmse(runner.logits(IDS), expected) <= NMSE_FLOAT16_TINY
+    assert nmse(expected, base) > 100 * NMSE_FLOAT16_TINY
+
+
 def test_matrices_without_offsets_have_no_branch(tmp_path):
     write_tiny_checkpoint(tmp_path / "c", BlockSpec("nf4", tau="none"))
     result = to_onnx(tmp_path / "c", tmp_path / "o")

@@ -66,6 +66,10 @@ class Ops:
         self.nodes.append(node)
         return node.outputs
 
+    def cast(self, x: ir.Value, source: str, target: str) -> ir.Value:
+        """Return x, which has numpy dtype ``source``, in dtype ``target``; no node if they are one."""
+        return x if source == target else self("Cast", x, to=int(DTYPES[target]))
+
     def const(self, value: NDArray[np.generic] | Sequence[int], dtype: str = "int64") -> ir.Value:
         """Return a constant, the same one for the same contents.
 

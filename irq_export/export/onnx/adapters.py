@@ -43,7 +43,7 @@ class NamedAdapter:
         return self.name + ADAPTER_SUFFIX
 
     @property
-    def parameters(self) -> dict[str, NDArray[np.floating]]:
+    def parameters(self) -> dict[str, NDArray[np.float32]]:
         """Arrays by the name of the graph input they replace."""
         parts = ((module, pair) for module, pair in self.pairs.items())
         return {
@@ -56,36 +56,34 @@ class NamedAdapter:
         return [origin for pair in self.pairs.values() for origin in pair.origins]
 
 
-def open_adapters(checkpoint: Checkpoint, options: OnnxOptions, dtype: str) -> list[NamedAdapter]:
+def open_adapters(checkpoint: Checkpoint, options: OnnxOptions) -> list[NamedAdapter]:
     """Read and fold the adapters of an export.
 
     Args:
         checkpoint: The base.
         options: Which directories; none means the checkpoint's own adapter, if it has one and the
             model takes adapters.
-        dtype: ``float32`` or ``float16``.
 
     Raises:
         WrongBase: An adapter was trained against another quantised base.
         MalformedFile: An adapter does not fit the model, or breaks its format.
-        UnsupportedModel: A value exceeds float16.
+        UnsupportedModel: A scaled value exceeds float32.
     """
     directories = list(options.adapters)
     if not directories and checkpoint.adapter_dir and (options.adapter_slots or options.bake_adapter):
         directories = [checkpoint.adapter_dir]
-    return [_named(checkpoint, Path(directory), dtype) for directory in directories]
+    return [_named(checkpoint, Path(directory)) for directory in directories]
 
 
-def _named(checkpoint: Checkpoint, directory: Path, dtype: str) -> NamedAdapter:
+def _named(checkpoint: Checkpoint, directory: Path) -> NamedAdapter:
     name = OnnxOptions.adapter_name(directory)
     adapter = export_adapter(checkpoint, directory, "fold")
     pairs = {}
     for module, layer in adapter.layers.items():
-        a, b = lora_pair(layer, None, 0)
         with np.errstate(over="ignore"):
-            a, b = (np.ascontiguousarray(part.T).astype(dtype) for part in (a, b))
+            a, b = (np.ascontiguousarray(part.T) for part in lora_pair(layer, None, 0))
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise UnsupportedModel(f"the adapter exceeds {dtype}", where=f"{directory}: {module}")
+            raise UnsupportedModel("the adapter exceeds float32", where=f"{directory}: {module}")
         pairs[module] = LoraPair(a, b, (f"{name}/{module}.lora_A", f"{name}/{module}.lora_B"))
     return NamedAdapter(name, pairs, adapter.base_hash)
 

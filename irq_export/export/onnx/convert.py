@@ -166,7 +166,7 @@ class _Export:
     def open(cls, checkpoint_dir: str | Path, output: Path, options: OnnxOptions) -> _Export:
         """Open and check the inputs, build the graph, plan."""
         checkpoint = open_checkpoint(checkpoint_dir)
-        adapters = open_adapters(checkpoint, options, DTYPES[options.dtype])
+        adapters = open_adapters(checkpoint, options)
         if options.bake_adapter and not adapters:
             raise UsageError("there is no adapter to bake in", where=checkpoint.path)
         if options.context is not None and options.context > checkpoint.model.max_position_embeddings:

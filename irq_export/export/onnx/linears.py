@@ -7,6 +7,10 @@
         └── MatMul M.lora_A ── MatMul M.lora_B ┘              (…, r)
             (K, r)             (r, N)
 
+The side branch is float32 in every model: adapters are swapped as they were trained, and onnxruntime 1.23 to
+1.28 crashes on inputs of float16 that have a default (it takes them for constants). In a float16 model a
+``Cast`` stands before it and one behind.
+
 A layer that is not quantised is a ``MatMul`` with the matrix on the left, where onnxruntime uses it as it
 lies in the file: on the right it would keep a transposed and packed copy in memory.
 """
@@ -35,13 +39,13 @@ class LoraPair:
     """The side branch of a linear layer, as it lies in memory.
 
     Attributes:
-        a: A' transposed, ``(K, r)``.
-        b: scaling · B' transposed, ``(r, N)``.
+        a: A' transposed, float32 ``(K, r)``.
+        b: scaling · B' transposed, float32 ``(r, N)``.
         origins: Adapter tensors it is made of.
     """
 
-    a: NDArray[np.floating]
-    b: NDArray[np.floating]
+    a: NDArray[np.float32]
+    b: NDArray[np.float32]
     origins: tuple[str, ...]
 
 
@@ -139,7 +143,9 @@ class LinearWriter:
         pair = self._lora(module)
         if pair is None:
             return y
-        return ops("Add", y, ops("MatMul", ops("MatMul", x, pair[0]), pair[1]))
+        dtype = self.weights.dtype
+        side = ops("MatMul", ops("MatMul", ops.cast(x, dtype, "float32"), pair[0]), pair[1])
+        return ops("Add", y, ops.cast(side, "float32", dtype))
 
     def _block_product(self, module: str, source: str, x: ir.Value) -> ir.Value:
         operator = self.operators[source]
@@ -165,23 +171,22 @@ class LinearWriter:
         return annotate(y, operator.dtype, ["batch_size", "sequence_length", n])
 
     def _lora(self, module: str) -> tuple[ir.Value, ir.Value] | None:
-        """Return the pair of a layer: baked, an input of rank 0 by default, or none."""
+        """Return the float32 pair of a layer: baked, an input of rank 0 by default, or none."""
         names = f"{module}.lora_A", f"{module}.lora_B"
-        dtype = self.weights.dtype
         if module in self.baked:
             pair = self.baked[module]
-            a = self.weights.computed(names[0], pair.a.astype(dtype), origins=pair.origins[:1])
-            return a, self.weights.computed(names[1], pair.b.astype(dtype), origins=pair.origins[1:])
+            a = self.weights.computed(names[0], pair.a, origins=pair.origins[:1])
+            return a, self.weights.computed(names[1], pair.b, origins=pair.origins[1:])
         if not self.slots or module == "lm_head":
             return None
         n, k = self._shape(module)
         rank = f"{module}.rank"
-        a = self._slot(names[0], [k, rank], np.zeros((k, 0), dtype))
-        return a, self._slot(names[1], [rank, n], np.zeros((0, n), dtype))
+        a = self._slot(names[0], [k, rank], np.zeros((k, 0), np.float32))
+        return a, self._slot(names[1], [rank, n], np.zeros((0, n), np.float32))
 
-    def _slot(self, name: str, shape: list[int | str], default: NDArray[np.generic]) -> ir.Value:
+    def _slot(self, name: str, shape: list[int | str], default: NDArray[np.float32]) -> ir.Value:
         """Return a graph input with a default."""
-        kind = ir.TensorType(DTYPES[self.weights.dtype])
+        kind = ir.TensorType(DTYPES["float32"])
         value = ir.Value(name=name, shape=ir.Shape(shape), type=kind)
         value.const_value = ir.Tensor(default, name=name)
         self.slot_values.append(value)

@@ -185,9 +185,9 @@ class _Builder:
         values = self.weights.block(_EMBEDDING, operator)
         codes = ops("Cast", ops("Gather", values.codes, ids, axis=0), to=int(DTYPES["float32"]))
         signed = ops("Sub", codes, ops.const(np.array(128, np.float32)))  # (batch, sequence, nb, 32)
-        scale = self._to(ops("Gather", values.scale, ids, axis=0), "float32")
+        scale = ops.cast(ops("Gather", values.scale, ids, axis=0), self.dtype, "float32")
         rows = ops("Mul", signed, ops("Unsqueeze", scale, ops.const([3])))
-        return self._to(ops("Reshape", rows, ops.const([0, 0, -1])), self.dtype)
+        return ops.cast(ops("Reshape", rows, ops.const([0, 0, -1])), "float32", self.dtype)
 
     def _layer(self, name: str, x: ir.Value, attention: Attention, past: Cache) -> tuple[ir.Value, Cache]:
         """One decoder layer."""
@@ -215,22 +215,18 @@ class _Builder:
     def _norm(self, module: str, x: ir.Value) -> ir.Value:
         """RMSNorm over the last axis, in float32: the pattern that onnxruntime fuses."""
         ops = self.ops
-        wide = self._to(x, "float32")
+        wide = ops.cast(x, self.dtype, "float32")
         square = ops("Pow", wide, ops.const(np.array(2, np.float32)))
         mean = ops("ReduceMean", square, ops.const([-1]), keepdims=1)
         root = ops("Sqrt", ops("Add", mean, ops.const(np.array(self.config.rms_norm_eps, np.float32))))
         normed = ops("Mul", ops("Div", wide, root), self.weights.plain(f"{module}.weight", dtype="float32"))
-        return self._to(normed, self.dtype)
+        return ops.cast(normed, "float32", self.dtype)
 
     def _head_norm(self, module: str, x: ir.Value, heads: int) -> ir.Value:
         """RMSNorm of every head by itself."""
         ops, d = self.ops, self.config.head_dim
         apart = ops("Reshape", x, ops.const([0, 0, heads, d]))
         return ops("Reshape", self._norm(module, apart), ops.const([0, 0, heads * d]))
-
-    def _to(self, x: ir.Value, dtype: str) -> ir.Value:
-        """Cast, where the model is not float32 anyway."""
-        return x if self.dtype == "float32" else self.ops("Cast", x, to=int(DTYPES[dtype]))
 
     def _cache(self, name: str, when: str) -> Cache:
         shape = self._cache_shape(when)

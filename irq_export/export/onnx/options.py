@@ -25,7 +25,7 @@ class OnnxOptions:
     Attributes:
         profile: ``irq`` (operators of our domain with function bodies) or ``stock`` (the bodies alone).
         attention: ``gqa`` (onnxruntime's GroupQueryAttention) or ``standard`` (plain ONNX operators).
-        dtype: ``f32`` or ``f16``, of activations and of everything that is not a code or a norm.
+        dtype: ``f32`` or ``f16``, of activations and of everything that is not a code, a norm or an adapter.
         adapters: PEFT directories; none takes the checkpoint's own, if it has one.
         bake_adapter: Put the one adapter into the model, as side branches that cannot be swapped.
         adapter_slots: Give every linear layer inputs for an adapter.

@@ -63,7 +63,7 @@ class WeightTable:
 
     Args:
         checkpoint: Where the tensors are.
-        dtype: ``float32`` or ``float16``: of everything that is not a code or a norm.
+        dtype: ``float32`` or ``float16``: of everything that is not a code, a norm or an adapter.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
