@@ -9,7 +9,6 @@ from fastapi.responses import JSONResponse
 from irq_formats.errors import IrqError, UsageError
 
 __all__ = [
-    "LOG",
     "BadHost",
     "BodyTooLarge",
     "NoSuchModel",
@@ -25,7 +24,7 @@ __all__ = [
 
 Json = dict[str, object]
 
-LOG = logging.getLogger("uvicorn.error")  # where the server's own messages go
+_LOG = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
 
 class NotAuthorized(IrqError):
@@ -104,7 +103,7 @@ def error_body(error: IrqError) -> Json:
     """Return the JSON document of an error; what is wrong with the server is told to its log only."""
     status = _STATUS.get(type(error), 500)
     if status == 500:
-        LOG.error("request failed: %s", error)
+        _LOG.error("request failed: %s", error)
     message = "the model could not be run" if status == 500 else str(error)
     return error_document(status, message, code=error.code)
 

@@ -12,6 +12,7 @@ an earlier one skips the whole chunks they share, which were computed by the sam
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -22,11 +23,14 @@ from functools import partial
 
 from irq_formats.errors import IrqError
 from irq_runtime.engine import Engine, EngineSession
-from irq_runtime.serve.errors import LOG, QueueFull, Stopping
+from irq_runtime.serve.errors import QueueFull, Stopping
 from irq_runtime.serve.generation import Event, Generation, Job
 from irq_runtime.tokenizer import Tokenizer
 
 __all__ = ["Load", "Scheduler"]
+
+LOG = logging.getLogger("uvicorn.error")  # where the server's own messages go
+
 
 @dataclass(frozen=True)
 class Load:
