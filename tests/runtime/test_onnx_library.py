@@ -113,6 +113,7 @@ def test_two_sessions_at_once_say_what_each_says_alone() -> None:
 INT8 = random_weight("int8", 32, tau=False)
 REFUSED = {
     "other codebook": (model(NF4, codebook="nf3"), 'codebook must be "nf4", got "nf3"'),
+    "codebook is not text": (model(NF4, codebook=b"nf\xff"), r'codebook must be "nf4", got "nf\?"'),
     "no codebook": (model(NF4, codebook=None), "attribute codebook must be a string"),
     "codebook is a number": (model(NF4, codebook=4), "attribute codebook must be a string"),
     "no K": (model(NF4, K=None), "attribute K must be an integer"),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
@@ -18,13 +19,19 @@ constexpr std::size_t few_tokens = 8;  // up to here the row-wise kernels are fa
 constexpr std::size_t tokens_per_task = 2;
 constexpr std::size_t rows_per_panel_task = 64;
 constexpr std::size_t products_per_task = std::size_t{1} << 18;  // multiplications: some microseconds
-constexpr std::size_t codes_per_task = std::size_t{1} << 18;     // bytes, of one token: ten microseconds
+constexpr std::size_t codes_per_task = std::size_t{1} << 16;     // bytes, of one token: some microseconds
 constexpr std::size_t flipped_bytes = std::size_t{1} << 16;      // INT8 codes that a task flips at a time
 
 [[noreturn]] void refuse(irq_codebook codebook, const std::string &what) {
     std::string kind = irq_codebook_name[codebook];
     for (char &c : kind) c = static_cast<char>(c >= 'a' && c <= 'z' ? c - 'a' + 'A' : c);
     throw Refusal(ORT_INVALID_ARGUMENT, "irq::MatMulBlocks" + kind + ": " + what);
+}
+
+// Messages become strings of Python, which are UTF-8.
+std::string printable(std::string text) {
+    for (char &c : text) c = c >= ' ' && c <= '~' ? c : '?';
+    return text;
 }
 
 // Attribute `name` as a size.
@@ -92,6 +99,15 @@ Matrix rows_of(const Matrix &w, std::size_t r0, std::size_t r1) {
 
 std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
+void flip_top_bits(const std::uint8_t *codes, std::size_t count, std::uint8_t *flipped) {
+    std::uint64_t word;
+    for (std::size_t i = 0; i < count; i += sizeof word) {
+        std::memcpy(&word, codes + i, sizeof word);
+        word ^= 0x8080808080808080u;
+        std::memcpy(flipped + i, &word, sizeof word);
+    }
+}
+
 // INT8: the kernels read two's complement, so some rows at a time have their top bits flipped.
 bool multiply_flipped(const Matrix &w, const Activations &inputs, std::size_t r0, std::size_t r1, float *result) {
     const std::size_t step = std::max<std::size_t>(1, flipped_bytes / w.columns);
@@ -99,8 +115,7 @@ bool multiply_flipped(const Matrix &w, const Activations &inputs, std::size_t r0
     if (flipped == nullptr) return false;
     for (std::size_t r = r0; r < r1; r += step) {
         Matrix part = rows_of(w, r, std::min(r + step, r1));
-        const auto *codes = static_cast<const std::uint8_t *>(part.data);
-        for (std::size_t i = 0; i < part.rows * w.columns; ++i) flipped[i] = codes[i] ^ 0x80u;
+        flip_top_bits(static_cast<const std::uint8_t *>(part.data), part.rows * w.columns, flipped.get());
         part.data = flipped.get();
         gemm(part, inputs, 0, part.rows, result + r, w.rows);
     }
@@ -115,7 +130,7 @@ MatMulBlocks::MatMulBlocks(const Ort &ort, const OrtKernelInfo *info, irq_codebo
     const std::string name = ort.attribute_string(info, "codebook");
     if (name != irq_codebook_name[codebook]) {
         refuse(codebook, "attribute codebook must be \"" + std::string(irq_codebook_name[codebook]) + "\", got \"" +
-                             name.substr(0, 32) + "\"");
+                             printable(name.substr(0, 32)) + "\"");
     }
     shape_.format = Format::blocks;
     shape_.codebook = codebook;

@@ -1,7 +1,7 @@
 // The part of onnxruntime's C interface that a custom-op library needs, declared here so that building needs
 // neither its headers nor its library. OrtApi is a table of function pointers that only grows: an entry keeps
 // its place for ever, and GetApi(17), which onnxruntime answers from 1.17 on, promises all that ort.cpp names.
-// tests/runtime/test_onnx_library.py runs them against three releases.
+// tests/runtime/test_onnx_library.py runs them against several releases (marked slow).
 #pragma once
 
 #include <cstddef>
