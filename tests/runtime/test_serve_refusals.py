@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -40,6 +41,16 @@ BAD_BODIES: dict[str, tuple[str | bytes, str]] = {
     "long stop": ('{"prompt": "x", "stop": "' + "x" * 300 + '"}', "stop"),
     "tools": ('{"prompt": "x", "tools": [{}]}', "tools is not supported"),
 }
+
+
+def longest_wait(client: httpx.Client, until: Future[httpx.Response]) -> float:
+    """Ask for the server's health until a reply has come; return how long that took at most, in seconds."""
+    longest = 0.0
+    while not until.done():
+        start = time.monotonic()
+        assert client.get("/health").status_code == 200
+        longest = max(longest, time.monotonic() - start)
+    return longest
 
 
 class TestRefusals:
@@ -124,6 +135,28 @@ class TestRefusals:
             assert refused.headers["retry-after"] == "1"
             wait_until(lambda: is_idle(client))
             assert text_of(client, max_tokens=2)
+
+    def test_more_texts_than_can_ever_wait(self, demo: Path) -> None:
+        """They are refused before anything is made of them, and meanwhile others are served."""
+        with client_of(demo, sequences=1, queue=3) as client, ThreadPoolExecutor(1) as pool:
+            assert len(post(client, prompt=[[5], [6]], n=2, max_tokens=1)["choices"]) == 4
+            assert client.post("/v1/completions", json={"prompt": [[5]] * 5}).status_code == 400
+            many = pool.submit(client.post, "/v1/completions", json={"prompt": [[5]] * 20_000, "n": 16})
+            longest = longest_wait(client, many)
+            assert many.result().status_code == 400
+            assert "too many texts" in many.result().json()["error"]["message"]
+            assert longest < 1
+
+    @pytest.mark.parametrize(
+        "body", [{"prompt": [{}] * 200_000}, {"messages": [1] * 200_000}], ids=["prompt", "messages"]
+    )
+    def test_many_faults_are_not_listed(self, client: httpx.Client, body: Json) -> None:
+        path = "completions" if "prompt" in body else "chat/completions"
+        with ThreadPoolExecutor(1) as pool:
+            many = pool.submit(client.post, f"/v1/{path}", json=body)
+            longest = longest_wait(client, many)
+            assert many.result().status_code == 400
+            assert longest < 1
 
     def test_key(self, demo: Path) -> None:
         with client_of(demo, api_key="secret") as client:

@@ -33,7 +33,8 @@ def _whole_text(text: str) -> str:
 
 _Text = Annotated[str, AfterValidator(_whole_text)]
 _Stop = Annotated[_Text, Field(max_length=256)]
-_Token = Annotated[int, Field(strict=True)]
+_FIRST_FAULT = Field(fail_fast=True)  # a list of all faults takes seconds
+_Tokens = Annotated[list[Annotated[int, Field(strict=True)]], _FIRST_FAULT]
 
 #: Below, a temperature is greedy: dividing by it would overflow.
 _GREEDY_BELOW = 1e-5
@@ -100,7 +101,7 @@ class Request(BaseModel):
 class CompletionRequest(Request):
     """Body of ``/v1/completions``."""
 
-    prompt: _Text | list[_Token] | list[_Text] | list[list[_Token]]
+    prompt: _Text | _Tokens | Annotated[list[_Text], _FIRST_FAULT] | Annotated[list[_Tokens], _FIRST_FAULT]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -124,7 +125,7 @@ class Message(BaseModel):
     """One turn of a conversation."""
 
     role: _Text = Field(min_length=1, max_length=64)
-    content: _Text | list[TextPart] | None = None
+    content: _Text | Annotated[list[TextPart], _FIRST_FAULT] | None = None
 
     @property
     def text(self) -> str:
@@ -139,7 +140,7 @@ class Message(BaseModel):
 class ChatRequest(Request):
     """Body of ``/v1/chat/completions``."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False

@@ -96,18 +96,18 @@ class Scheduler:
             QueueFull: There is no room for all of them.
             Stopping: The scheduler takes no more.
         """
-        jobs = [
-            Job(generation, self._tokenizer, partial(emit, index))
-            for index, generation in enumerate(generations)
-        ]
         with self._wake:
             if not self._is_open or self._deadline is not None:
                 raise Stopping("the server is stopping")
             room = self._queue + len(self._free()) - len(self._waiting)
-            if len(jobs) > room:
+            if len(generations) > room:
                 raise QueueFull(
                     "too many requests wait", expected=f"at most {self._queue}", hint="Try again later"
                 )
+            jobs = [
+                Job(generation, self._tokenizer, partial(emit, index))
+                for index, generation in enumerate(generations)
+            ]
             self._waiting.extend(jobs)
             self._wake.notify()
         return jobs

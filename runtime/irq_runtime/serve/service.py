@@ -38,11 +38,14 @@ class Service:
         """Return what a completion asks for, ``n`` generations for each prompt.
 
         Raises:
-            UsageError: A prompt is empty or holds an unknown token.
+            UsageError: There are more texts than can wait, or a prompt is empty or holds an unknown token.
             PromptTooLong: A prompt exceeds the limit.
             NoSuchModel: Another model is asked for.
         """
         self.check_model(request.model)
+        most = self.options.queue + self.options.sequences
+        if len(request.prompts) * request.n > most:
+            raise UsageError("too many texts", expected=f"at most {most}", hint="Send several requests")
         prompts = [self._tokens(prompt) for prompt in request.prompts]
         return self._generations(request, prompts, request.max_tokens, request.logprobs)
 
