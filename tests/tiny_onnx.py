@@ -8,6 +8,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from irq_runtime.onnx import register
+
 __all__ = ["OnnxRunner", "nmse", "session_options"]
 
 Array = NDArray[np.generic]
@@ -27,10 +29,14 @@ class OnnxRunner:
     Args:
         directory: What ``to_onnx`` wrote.
         adapter: An ``.onnx_adapter`` file to run with.
+        library: Whether our kernels run.
     """
 
-    def __init__(self, directory: Path, adapter: Path | None = None) -> None:
-        self.session = onnxruntime.InferenceSession(str(directory / "model.onnx"), session_options())
+    def __init__(self, directory: Path, adapter: Path | None = None, *, library: bool = False) -> None:
+        options = session_options()
+        if library:
+            register(options)
+        self.session = onnxruntime.InferenceSession(str(directory / "model.onnx"), options)
         self.past = [value for value in self.session.get_inputs() if value.name.startswith("past")]
         self.use(adapter)
 
