@@ -1,9 +1,9 @@
 """Exports of tiny models, run on whatever onnxruntime is installed, against torch.
 
-    python tests/onnx_exports.py FOLDER      one line for each export in it: how far its logits are from torch's
+    python tests/onnx_exports.py FOLDER      one line an export: how far its logits are from torch's
 
-:func:`write_exports` fills the folder. Running it needs numpy, onnxruntime and our library alone, so any release
-of onnxruntime can be put before the installed one on the path.
+:func:`write_exports` fills the folder. Running it needs numpy, onnxruntime and our library alone, so any
+release of onnxruntime can be put before the installed one on the path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from tiny_onnx import OnnxRunner, nmse
 
-__all__ = ["BOOKS", "worst_nmse", "write_exports"]
+__all__ = ["BOOKS", "FORMS", "worst_nmse", "write_exports"]
 
 #: Embedding and head are int8, so that every operator is among them.
 BOOKS = ("nf4", "nf3", "nf2", "int4", "int3", "int2")
