@@ -18,6 +18,7 @@ from irq_runtime.engine import Engine
 from irq_runtime.serve.app import create_app
 from irq_runtime.serve.options import ServeOptions
 from irq_runtime.serve.server import open_service
+from irq_runtime.tokenizer import Tokenizer
 
 PROMPT = "Once upon a time"
 LONG = "Once upon a time there was a cat. The cat had a big red ball. One day the ball was gone. " * 3
@@ -30,9 +31,19 @@ HEAVY: Json = {"prompt": PROMPT, "max_tokens": 500, "n": 16, "temperature": 1.3}
 
 
 @contextmanager
-def running_server(model: Path, options: ServeOptions) -> Iterator[str]:
-    """Yield the address of a server of ``model``; it has ended when the context has."""
+def running_server(
+    model: Path, options: ServeOptions, change: Callable[[Tokenizer], None] | None = None
+) -> Iterator[str]:
+    """Yield the address of a server of ``model``; it has ended when the context has.
+
+    Args:
+        model: Its file.
+        options: Of the server.
+        change: Makes something else of the file's tokenizer.
+    """
     service = open_service(Engine(model, threads=1), model, options)
+    if change is not None:
+        change(service.tokenizer)
     config = uvicorn.Config(create_app(service), access_log=False, log_level="critical", ws="none")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -48,9 +59,12 @@ def running_server(model: Path, options: ServeOptions) -> Iterator[str]:
 
 
 @contextmanager
-def client_of(demo: Path, **options: Any) -> Iterator[httpx.Client]:
+def client_of(
+    demo: Path, change: Callable[[Tokenizer], None] | None = None, **options: Any
+) -> Iterator[httpx.Client]:
+    serve_options = ServeOptions(port=0, model_name="demo", **{"chunk": CHUNK, **options})
     with (
-        running_server(demo, ServeOptions(port=0, model_name="demo", **{"chunk": CHUNK, **options})) as url,
+        running_server(demo, serve_options, change) as url,
         httpx.Client(base_url=url, timeout=60) as client,
     ):
         yield client

@@ -14,6 +14,7 @@ import pytest
 
 from irq_formats.errors import UsageError
 from irq_runtime.serve.options import ServeOptions
+from irq_runtime.tokenizer import Tokenizer
 from tests.serving import HEAVY, PROMPT, Json, client_of, events_of, is_idle, post, text_of, wait_until
 
 BAD_BODIES: dict[str, tuple[str | bytes, str]] = {
@@ -24,7 +25,7 @@ BAD_BODIES: dict[str, tuple[str | bytes, str]] = {
     "deep": ("[" * 100_000, ""),
     "huge number": ('{"prompt": "x", "seed": ' + "9" * 5000 + "}", ""),
     "no prompt": ("{}", "prompt: Field required"),
-    "number": ('{"prompt": 1}', "prompt"),
+    "number": ('{"prompt": 1}', "prompt: Input"),
     "empty list": ('{"prompt": []}', "no prompt"),
     "empty prompt": ('{"prompt": [[]]}', "prompt is empty"),
     "unknown token": ('{"prompt": [1024]}', "no such token"),
@@ -88,6 +89,7 @@ class TestRefusals:
         for headers in ({"content-type": "text/plain"}, {}):
             reply = client.post("/v1/completions", content='{"prompt": "x"}', headers=headers)
             assert reply.status_code == 400
+            assert "Content-Type: application/json" in reply.json()["error"]["message"]
         for host in ("localhost.evil.example", "127.0.0.1.evil.example:8000", "evil.example", "::1.evil", ""):
             rebound = client.get("/v1/models", headers={"host": host})
             assert (rebound.status_code, rebound.json()["error"]["code"]) == (403, "bad_host")
@@ -177,7 +179,36 @@ class TestRefusals:
             assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
             assert str(tmp_path) not in reply.text
             assert "error" in events_of(client, "completions", prompt=PROMPT)[-1]
+            health = client.get("/health")
+            assert (health.status_code, health.json()["status"]) == (503, "failed")
             wait_until(lambda: is_idle(client))
+
+    def test_tokens_that_only_the_tokenizer_knows(self, demo: Path) -> None:
+        """They are refused at once: in a pass they would fail the texts of others."""
+
+        def add(tokenizer: Tokenizer) -> None:
+            tokenizer._model.add_tokens(["<new>"])
+
+        with client_of(demo, add) as client:
+            for path, body in (
+                ("completions", {"prompt": "a <new>"}),
+                ("chat/completions", {"messages": [{"role": "user", "content": "<new>"}]}),
+            ):
+                reply = client.post(f"/v1/{path}", json=body)
+                assert reply.status_code == 400
+                assert "no such token" in reply.json()["error"]["message"]
+
+    def test_a_bug_is_told_as_json(self, demo: Path) -> None:
+        def break_it(tokenizer: Tokenizer) -> None:
+            def encode(text: str, add_special: bool = True) -> list[int]:
+                raise ZeroDivisionError
+
+            tokenizer.encode = encode  # type: ignore[method-assign]
+
+        with client_of(demo, break_it) as client:
+            reply = client.post("/v1/completions", json={"prompt": PROMPT})
+            assert (reply.status_code, reply.json()["error"]["message"]) == (500, "internal error")
+            assert client.get("/health").status_code == 200
 
     @pytest.mark.parametrize(
         "options", [{"port": -1}, {"sequences": 0}, {"api_key": ""}, {"queue": -1}], ids=str

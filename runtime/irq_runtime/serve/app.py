@@ -40,17 +40,14 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(IrqError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_error)  # a bug; its traceback goes to the log
     name, tokenizer = service.options.model_name, service.tokenizer
 
     @app.get("/health")
     async def health() -> Response:
         load = service.scheduler.load()
-        state = {
-            "status": "ok" if load.is_alive else "stopping",
-            "running": load.running,
-            "waiting": load.waiting,
-        }
-        return JSONResponse(state, 200 if load.is_alive else 503)
+        state = {"status": load.state, "running": load.running, "waiting": load.waiting}
+        return JSONResponse(state, 200 if load.state == "ok" else 503)
 
     model = {
         "id": name,
@@ -131,8 +128,10 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     fault = error.errors()[0]
     if fault["type"] == "json_invalid":
         return JSONResponse(error_document(400, "the body is not JSON"), 400)
-    path = [str(part) for part in fault["loc"][1:]]
+    path = [part for part in map(str, fault["loc"][1:]) if "[" not in part]  # without the names of types
     message = ": ".join([".".join(path), fault["msg"]] if path else [fault["msg"]])
+    if isinstance(error.body, bytes):  # not parsed
+        message = "Content-Type: application/json is needed"
     return JSONResponse(error_document(400, message, param=path[0] if path else None), 400)
 
 

@@ -21,6 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
+from numpy.typing import NDArray
+
 from irq_formats.errors import IrqError
 from irq_runtime.engine import Engine, EngineSession
 from irq_runtime.serve.errors import QueueFull, Stopping
@@ -34,11 +37,17 @@ LOG = logging.getLogger("uvicorn.error")  # where the server's own messages go
 
 @dataclass(frozen=True)
 class Load:
-    """How busy the scheduler is."""
+    """How the scheduler does.
+
+    Attributes:
+        running: Texts being generated.
+        waiting: Those that wait for a place.
+        state: ``ok``, ``failed`` (the engine's last pass did: the file has changed, for one) or ``stopping``.
+    """
 
     running: int
     waiting: int
-    is_alive: bool
+    state: str
 
 
 @dataclass
@@ -81,6 +90,7 @@ class Scheduler:
         self._turn = 0
         self._wake = threading.Condition()  # guards _waiting, _slots[].job and _is_open
         self._is_open = True
+        self._has_failed = False
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._run, name="irq-scheduler", daemon=True)
         self._thread.start()
@@ -123,7 +133,9 @@ class Scheduler:
         """Return how busy the scheduler is."""
         with self._wake:
             running = len(self._slots) - len(self._free())
-            return Load(running, len(self._waiting), self._is_open and self._deadline is None)
+            is_open = self._is_open and self._deadline is None
+            state = "stopping" if not is_open else "failed" if self._has_failed else "ok"
+            return Load(running, len(self._waiting), state)
 
     def stop_after(self, seconds: float) -> None:
         """Take no more jobs and end those left in ``seconds``; without a lock, for signal handlers."""
@@ -191,7 +203,7 @@ class Scheduler:
         slot, job = min(unread, key=lambda pair: pair[0].since)
         part = job.unread[: min(self._chunk, len(job.unread) - 1)]
         with self._ending([(slot, job)]):
-            slot.session.next_logits(part)
+            self._watched(lambda: slot.session.next_logits(part))
             del job.unread[: len(part)]
             if len(part) == self._chunk:
                 slot.chunks += part
@@ -202,14 +214,24 @@ class Scheduler:
         if not ready:
             return
         with self._ending(ready):
-            logits = self._engine.step_each(
-                [job.unread[0] for _, job in ready], [slot.session.cache for slot, _ in ready]
-            )
+            tokens = [job.unread[0] for _, job in ready]
+            caches = [slot.session.cache for slot, _ in ready]
+            logits = self._watched(lambda: self._engine.step_each(tokens, caches))
             for (slot, job), row in zip(ready, logits, strict=True):
                 with self._ending([(slot, job)]):
                     reason = job.advance(row)
                     if reason is not None:
                         self._finish(slot, job, reason)
+
+    def _watched(self, engine_pass: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Make a pass and return its logits; remember whether it failed."""
+        try:
+            logits = engine_pass()
+        except Exception:
+            self._has_failed = True
+            raise
+        self._has_failed = False
+        return logits
 
     @contextmanager
     def _ending(self, jobs: Sequence[tuple[_Slot, Job]]) -> Iterator[None]:

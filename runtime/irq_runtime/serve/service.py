@@ -53,7 +53,7 @@ class Service:
         """Return what a chat asks for, ``n`` generations.
 
         Raises:
-            UsageError: The model has no chat template, or it refuses the messages.
+            UsageError: The model has no chat template, it refuses the messages, or a token is unknown.
             MalformedFile: The template is broken.
             PromptTooLong: The conversation exceeds the limit.
             NoSuchModel: Another model is asked for.
@@ -77,9 +77,6 @@ class Service:
         if isinstance(prompt, str):
             bos = self.tokenizer.bos
             return self.tokenizer.encode(prompt) or ([] if bos is None else [bos])
-        unknown = next((token for token in prompt if not 0 <= token < self.vocab_size), None)
-        if unknown is not None:
-            raise UsageError("no such token", expected=f"0 to {self.vocab_size - 1}", got=unknown)
         return prompt
 
     def _generations(
@@ -89,6 +86,9 @@ class Service:
         for prompt in prompts:
             if not prompt:
                 raise UsageError("the prompt is empty")
+            for token in (min(prompt), max(prompt)):  # of texts too: a tokenizer may know more than the model
+                if not 0 <= token < self.vocab_size:
+                    raise UsageError("no such token", expected=f"0 to {self.vocab_size - 1}", got=token)
             if len(prompt) > limit:
                 raise PromptTooLong(
                     "the prompt is too long", expected=f"at most {limit} tokens", got=len(prompt)
