@@ -18,13 +18,12 @@ from irq_export.parity.metrics import log_softmax
 from irq_formats.atomic import atomic_file
 from irq_formats.errors import MalformedFile, UsageError
 from irq_formats.gguf import open_gguf
-from irq_formats.gguf.irq_payload import ARCHITECTURE
-from irq_formats.gguf.model_keys import IRQ_PREFIX, read_model
 from irq_formats.gguf.pair import model_files
 from irq_formats.safetensors_io import SafeTensors, open_safetensors
 from irq_formats.safetensors_types import TensorSpec
 from irq_formats.safetensors_writer import SafeTensorsWriter
 from irq_runtime.engine import Engine
+from irq_runtime.model_file import check_context, read_config
 from irq_runtime.reference import load_model
 from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 
@@ -97,7 +96,7 @@ def perplexity(
     adapter_scale: float = 1.0,
     runtime: str = "native",
     mode: str = "exact",
-    threads: int = 2,
+    threads: int | None = None,
     context: int = 512,
     windows: int | None = None,
     save_logits: str | Path | None = None,
@@ -114,7 +113,7 @@ def perplexity(
         adapter_scale: Its multiplier.
         runtime: ``native`` or ``reference`` (float32).
         mode: Of the native engine, ``exact`` or ``fast``.
-        threads: Of the native engine.
+        threads: Of the native engine; None: the cores of this machine.
         context: Tokens of a window, at least 4.
         windows: Read so many at most; None: all.
         save_logits: Write the scored logits here (float32, vocab_size * context / 2 values a window).
@@ -132,9 +131,8 @@ def perplexity(
     model, adapter = model_files(model, adapter)
     gguf = open_gguf(model)
     tokenizer = load_tokenizer(gguf)
-    architecture = str(gguf.metadata["general.architecture"])
-    prefix = IRQ_PREFIX if architecture == ARCHITECTURE else architecture
-    vocab_size = read_model(gguf.metadata, prefix, gguf.tensors).vocab_size
+    config = read_config(gguf)
+    check_context(config, context)
     tokens = cut_windows(tokenizer, Path(text).read_text(encoding="utf-8"), context)[:windows]
     if not len(tokens):
         raise UsageError("the text is shorter than a window", where=text, expected=f"{context} tokens")
@@ -155,7 +153,7 @@ def perplexity(
         for _ in score():
             pass
     else:
-        _save(Path(save_logits), tokens, score(), vocab_size, overwrite)
+        _save(Path(save_logits), tokens, score(), config.vocab_size, overwrite)
     return scorer.report(len(tokens), context)
 
 
@@ -174,7 +172,7 @@ def _runtime(
     adapter: str | Path | None,
     adapter_scale: float,
     mode: str,
-    threads: int,
+    threads: int | None,
     context: int,
 ) -> LogitsOf:
     if runtime == "native":

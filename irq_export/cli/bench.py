@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from irq_export.cli.common import emit, json_option, progress, verb
+from irq_export.cli.common import emit, json_option, progress, threads_option, verb
 
 __all__ = ["command"]
 
@@ -17,9 +17,9 @@ _PATH = click.Path(path_type=Path)
 @click.argument("model", metavar="FILE", type=_PATH)
 @click.option("--adapter", type=_PATH, help="Separate adapter file.")
 @click.option(
-    "--mode", type=click.Choice(["exact", "fast"]), default="fast", show_default=True, help="Of the engine."
+    "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of the engine."
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 256), default=2, show_default=True)
+@threads_option
 @click.option(
     "-p",
     "--prompt",

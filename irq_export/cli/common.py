@@ -21,8 +21,9 @@ import click
 from rich.console import Console
 
 from irq_formats.errors import IrqError, UsageError
+from irq_runtime.machine import default_threads
 
-__all__ = ["console", "emit", "force_option", "json_option", "progress", "verb"]
+__all__ = ["console", "emit", "force_option", "json_option", "progress", "threads_option", "verb"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -40,6 +41,14 @@ _EXTRAS = {
 }
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+threads_option = click.option(
+    "-t",
+    "--threads",
+    type=click.IntRange(1, 256),
+    default=default_threads,
+    show_default="the cores of this machine",
+    help="Of the native engine.",
+)
 force_option = click.option("--force", "overwrite", is_flag=True, help="Replace an existing output.")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from irq_export.cli.common import emit, force_option, json_option, progress, verb
+from irq_export.cli.common import emit, force_option, json_option, progress, threads_option, verb
 
 __all__ = ["command"]
 
@@ -22,7 +22,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of native."
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 256), default=2, show_default=True, help="Of native.")
+@threads_option
 @click.option(
     "-c", "--context", type=click.IntRange(4), default=512, show_default=True, help="Tokens a window."
 )

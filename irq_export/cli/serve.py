@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from irq_export.cli.common import console, emit, json_option, verb
+from irq_export.cli.common import console, emit, json_option, threads_option, verb
 from irq_formats.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of the engine."
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 256), default=2, show_default=True)
+@threads_option
 @click.option("-c", "--context", type=click.IntRange(2), help="Positions of a text (default: the model's).")
 @click.option("--half-cache", is_flag=True, help="Keep keys and values in fp16.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")

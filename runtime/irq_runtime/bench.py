@@ -8,7 +8,6 @@ arithmetic and have no such number. Tokens are random and the same in every repe
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from irq_formats.errors import UsageError
+from irq_formats.gguf import open_gguf
 from irq_formats.gguf.pair import model_files
 from irq_runtime import _native
-from irq_runtime.engine import Engine
+from irq_runtime.engine import Engine, EngineInfo
+from irq_runtime.machine import peak_rss
+from irq_runtime.model_file import check_context, read_config
 
 __all__ = ["BenchReport", "BenchRow", "bench"]
 
@@ -61,7 +63,7 @@ class BenchReport:
         isa: Instruction set used.
         load_seconds: Opening the model.
         bandwidth: Bytes per second that the same threads read from memory.
-        peak_rss_bytes: Largest resident size of this process so far, the file's pages included.
+        peak_rss_bytes: Largest resident size of this process until the last test, the file's pages included.
         rows: One a test.
     """
 
@@ -100,8 +102,8 @@ def bench(
     model: str | Path,
     adapter: str | Path | None = None,
     adapter_scale: float = 1.0,
-    mode: str = "fast",
-    threads: int = 2,
+    mode: str = "exact",
+    threads: int | None = None,
     prompt: Sequence[int] = (512,),
     generate: Sequence[int] = (128,),
     repetitions: int = 5,
@@ -115,7 +117,7 @@ def bench(
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
         mode: ``exact`` or ``fast``.
-        threads: Compute threads.
+        threads: Compute threads; None: the cores of this machine.
         prompt: Lengths of prompts to measure.
         generate: Numbers of generated tokens to measure.
         repetitions: Of every test, after one that is not counted.
@@ -129,6 +131,7 @@ def bench(
     if not lengths or min(lengths) < 1 or repetitions < 1:
         raise UsageError("nothing to measure", expected="lengths and repetitions of 1 or more")
     path, adapter = model_files(model, adapter)
+    check_context(read_config(open_gguf(path)), max(lengths))
     started = time.perf_counter()
     engine = Engine(
         path,
@@ -140,21 +143,29 @@ def bench(
         half_cache=half_cache,
     )
     load_seconds = time.perf_counter() - started
-    bandwidth = _native.read_bandwidth(threads, _BANDWIDTH_BYTES, _BANDWIDTH_PASSES)
-    rows = []
     tests = [("pp", n) for n in prompt] + [("tg", n) for n in generate]
+    timed = []
     for done, (kind, count) in enumerate(tests):
         if progress is not None:
             progress(done, len(tests), f"{kind}{count}")
-        rows.append(_measure(engine, kind, count, repetitions, bandwidth))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-    info = engine.info
+        timed.append((kind, count, _time(engine, kind, count, repetitions)))
+    peak = peak_rss()  # before the buffer of the next line
+    bandwidth = _native.read_bandwidth(engine.threads, _BANDWIDTH_BYTES, _BANDWIDTH_PASSES)
     return BenchReport(
-        str(model), info.file_bytes, mode, threads, info.isa, load_seconds, bandwidth, peak, tuple(rows)
+        model=str(model),
+        file_bytes=engine.info.file_bytes,
+        mode=mode,
+        threads=engine.threads,
+        isa=engine.info.isa,
+        load_seconds=load_seconds,
+        bandwidth=bandwidth,
+        peak_rss_bytes=peak,
+        rows=tuple(_row(engine.info, *test, bandwidth) for test in timed),
     )
 
 
-def _measure(engine: Engine, kind: str, count: int, repetitions: int, bandwidth: float) -> BenchRow:
+def _time(engine: Engine, kind: str, count: int, repetitions: int) -> tuple[float, ...]:
+    """Return the seconds of every repetition but the first."""
     tokens = np.random.default_rng(0).integers(engine.info.vocab_size, size=count).tolist()
     steps = [tokens] if kind == "pp" else [[token] for token in tokens]
     seconds = []
@@ -164,10 +175,13 @@ def _measure(engine: Engine, kind: str, count: int, repetitions: int, bandwidth:
         for step in steps:
             session.next_logits(step)
         seconds.append(time.perf_counter() - started)
-    counted = tuple(seconds[1:])
-    rate = count / statistics.median(counted)
+    return tuple(seconds[1:])
+
+
+def _row(info: EngineInfo, kind: str, count: int, seconds: tuple[float, ...], bandwidth: float) -> BenchRow:
+    rate = count / statistics.median(seconds)
     if kind == "pp":
-        return BenchRow(f"pp{count}", count, counted, rate, None, None)
-    cached = engine.info.sequence_bytes // engine.info.context  # keys and values of one position
-    cost = engine.info.bytes_per_token + cached * (count + 1) // 2
-    return BenchRow(f"tg{count}", count, counted, rate, cost, cost * rate / bandwidth)
+        return BenchRow(f"pp{count}", count, seconds, rate, None, None)
+    cached = info.sequence_bytes // info.context  # keys and values of one position
+    cost = info.bytes_per_token + cached * (count + 1) // 2
+    return BenchRow(f"tg{count}", count, seconds, rate, cost, cost * rate / bandwidth)

@@ -1,8 +1,9 @@
 """The native engine: the reference runtime's interface over C++ (``runtime/src/engine``).
 
-``exact`` computes what the reference computes, in float32; ``fast`` rounds the inputs of quantised
-matrices to 8 bits. The file is mapped, so that opening is instant and processes share its memory. A
-call releases Python's lock; calls from several threads queue up. An engine does not survive ``fork``.
+``exact`` computes what the reference computes, in float32; ``fast`` multiplies block-quantised matrices in
+integers, with inputs rounded to 8, 12 or twice 8 bits, as the instruction set and the number of tokens ask
+(``kernels.h``). The file is mapped, so that opening is instant and processes share its memory. A call
+releases Python's lock; calls from several threads queue up. An engine does not survive ``fork``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from irq_formats.errors import UsageError
 from irq_runtime import _native
+from irq_runtime.machine import default_threads
 
 __all__ = ["MODES", "Engine", "EngineInfo", "EngineSession"]
 
@@ -53,7 +55,7 @@ class Engine:
         path: GGUF of the irq profile, or a stock one in F32, F16, BF16, Q8_0, Q4_0, Q4_1 or Q2_0.
         adapter: Adapter file of the same profile; None: what the model embeds, if anything.
         adapter_scale: Multiplier of the adapter.
-        threads: 1 to 256.
+        threads: 1 to 256; None: the cores of this machine (:func:`irq_runtime.machine.default_threads`).
         mode: ``exact`` or ``fast``.
         context: Positions a sequence may hold; None: the model's own, 4096 at most.
         half_cache: Keep keys and values in fp16 instead of float32.
@@ -61,7 +63,7 @@ class Engine:
     Attributes:
         info: Sizes of the model.
         mode: As given.
-        threads: As given.
+        threads: How many compute.
 
     Raises:
         UsageError: No such file, or an option is out of range.
@@ -76,13 +78,15 @@ class Engine:
         adapter: str | Path | None = None,
         adapter_scale: float = 1.0,
         *,
-        threads: int = 2,
+        threads: int | None = None,
         mode: str = "exact",
         context: int | None = None,
         half_cache: bool = False,
     ) -> None:
         if mode not in MODES:
             raise UsageError("unknown mode", expected=" | ".join(MODES), got=mode)
+        if threads is None:
+            threads = default_threads()
         if not 1 <= threads <= 256 or (context is not None and context < 1):
             raise UsageError(
                 "out of range", expected="1 to 256 threads, context >= 1", got=(threads, context)

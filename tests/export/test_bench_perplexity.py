@@ -19,6 +19,7 @@ from irq_formats.errors import MalformedFile, OutputExists, UsageError
 from irq_formats.gguf import BOOL, STR, U32
 from irq_formats.gguf.reader import open_gguf
 from irq_runtime.bench import bench
+from irq_runtime.machine import default_threads
 from irq_runtime.tokenizer import load_tokenizer
 from tests.tiny_files import write_stock, write_stock_adapter
 
@@ -80,8 +81,12 @@ def test_divergence_from_saved_logits(folder: Path, tmp_path: Path) -> None:
         perplexity(model=folder / "m.gguf", save_logits=saved, **options)
     with pytest.raises(MalformedFile, match="another text"):
         perplexity(model=folder / "m.gguf", kl_against=saved, **{**options, "context": 32})
+    (tmp_path / "short.txt").write_text("Once upon")
     with pytest.raises(UsageError, match="shorter"):
-        perplexity(model=folder / "m.gguf", text=folder / "text.txt", context=4096)
+        perplexity(model=folder / "m.gguf", text=tmp_path / "short.txt", context=CONTEXT)
+    for runtime in ("native", "reference"):
+        with pytest.raises(UsageError, match="no such context"):
+            perplexity(model=folder / "m.gguf", text=folder / "text.txt", context=513, runtime=runtime)
 
 
 def test_bench(folder: Path) -> None:
@@ -136,6 +141,21 @@ def test_command_lines(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["scored"] == 32
     assert CliRunner().invoke(main, ["bench", text]).exit_code == 3
+    assert CliRunner().invoke(main, ["bench", file, "-p", "513"]).exit_code == 2  # the model has 512
+
+
+def test_bench_measures_what_run_runs(folder: Path) -> None:
+    """Its defaults are those of run; its own buffer of 256 MiB is no memory of the model's."""
+    program = [sys.executable, "-m", "irq_export"]
+    command = [*program, "bench", folder / "m.gguf", "-p", "8", "-n", "4", "-r", "1", "--json"]
+    report = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert report["peak_rss_bytes"] < 256 << 20
+    defaults = {
+        name: {p.name: p.default for p in main.get_command(None, name).params} for name in ("run", "bench")
+    }
+    assert all(defaults["bench"][name] == defaults["run"][name] for name in ("mode", "threads", "half_cache"))
+    assert report["threads"] == default_threads()
+    assert report["mode"] == defaults["run"]["mode"] == "exact"
 
 
 def test_neither_needs_torch() -> None:

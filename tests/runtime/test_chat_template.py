@@ -40,7 +40,7 @@ class TestRender:
     @pytest.mark.parametrize(
         "template",
         [
-            "{% for m in messages %}{% generation %}{{ m.content }}{{ loop.index }}{% endgeneration %}{% endfor %}",
+            "{% for m in messages %}{% generation %}{{ m }}{{ loop.index }}{% endgeneration %}{% endfor %}",
             "{% generation %}{% set seen = 1 %}{{ seen }}{% endgeneration %}{{ seen }}",
             "{%- generation -%} a {%- endgeneration -%} b",
             "{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}x",
