@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from irq_export.cli.common import emit, json_option, verb
+from irq_export.cli.common import console, emit, json_option, threads_option, verb
 from irq_formats.errors import UsageError
+
+if TYPE_CHECKING:
+    from irq_runtime.completion import Completion
 
 __all__ = ["command"]
 
@@ -23,7 +26,14 @@ __all__ = ["command"]
 )
 @click.option("--adapter", type=click.Path(path_type=Path), help="Separate adapter file.")
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Its multiplier.")
-@click.option("-n", "--max-tokens", type=int, default=128, show_default=True, help="Tokens at most.")
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(-1),
+    default=128,
+    show_default=True,
+    help="Tokens at most; -1: until the text ends.",
+)
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, show_default=True, help="Keep k tokens; 0 keeps all.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep this much probability.")
@@ -45,7 +55,14 @@ __all__ = ["command"]
 @click.option(
     "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of native."
 )
-@click.option("-t", "--threads", type=click.IntRange(1, 256), default=2, show_default=True, help="Of native.")
+@threads_option
+@click.option(
+    "-c",
+    "--context",
+    type=click.IntRange(2),
+    help="Tokens of prompt and reply at most (default: the model's).",
+)
+@click.option("--half-cache", is_flag=True, help="Native keeps keys and values in fp16.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64"]),
@@ -67,6 +84,8 @@ def command(
     runtime: str,
     mode: str,
     threads: int,
+    context: int | None,
+    half_cache: bool,
     dtype: str,
     as_json: bool,
     **sampling: Any,
@@ -88,8 +107,11 @@ def command(
         runtime=runtime,
         mode=mode,
         threads=threads,
+        context=context,
+        half_cache=half_cache,
         dtype=dtype,
         on_text=None if as_json else _write,
+        on_note=_note,
         **sampling,
     )
     seconds = time.perf_counter() - started
@@ -99,8 +121,12 @@ def command(
         "text": completion.text,
         "finish_reason": completion.finish_reason,
         "seconds": round(seconds, 3),
+        "prompt_tokens_per_second": completion.prompt_rate,
+        "tokens_per_second": completion.decode_rate,
     }
     emit(result, "", as_json=as_json)
+    if not as_json:
+        _note(_speed(completion))
 
 
 def _read(file: TextIO | None) -> str:
@@ -108,6 +134,23 @@ def _read(file: TextIO | None) -> str:
         return "" if file is None else file.read()
     except UnicodeDecodeError as error:
         raise UsageError("the prompt is not UTF-8", got=error) from error
+
+
+def _speed(completion: Completion) -> str:
+    """Return a line such as ``prompt: 5 tokens, 98.1 tokens/s; reply: 40 tokens, 61.2 tokens/s``."""
+    parts = (
+        ("prompt", completion.prompt_tokens, completion.prompt_rate),
+        ("reply", completion.tokens, completion.decode_rate),
+    )
+    return "; ".join(
+        f"{name}: {len(tokens)} tokens" + ("" if rate is None else f", {rate:.1f} tokens/s")
+        for name, tokens, rate in parts
+    )
+
+
+def _note(text: str) -> None:
+    """Print a message on stderr."""
+    console().print(text, markup=False)
 
 
 def _write(text: str) -> None:

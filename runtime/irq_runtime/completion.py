@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.gguf import open_gguf
 from irq_formats.gguf.pair import model_files
 from irq_runtime.engine import Engine
+from irq_runtime.model_file import check_context, read_config
 from irq_runtime.reference import load_model
 from irq_runtime.sampling import SamplingParams, StepModel, generate
 from irq_runtime.text_stream import TextStream
-from irq_runtime.tokenizer import load_tokenizer
+from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["RUNTIMES", "Completion", "complete"]
 
@@ -30,12 +32,25 @@ class Completion:
         tokens: Ids it generated, without a stop token.
         text: Their text, ended before a stop string.
         finish_reason: ``stop`` (a stop token or string) or ``length``.
+        times: Seconds on one clock: of the start, then of every token.
     """
 
     prompt_tokens: list[int]
     tokens: list[int]
     text: str
     finish_reason: str
+    times: tuple[float, ...]
+
+    @property
+    def prompt_rate(self) -> float | None:
+        """Tokens of the prompt per second, until the first new one; None if there is none."""
+        return len(self.prompt_tokens) / (self.times[1] - self.times[0]) if len(self.times) > 1 else None
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first new one; None for fewer than two."""
+        count = len(self.times) - 2
+        return count / (self.times[-1] - self.times[1]) if count > 0 else None
 
 
 def complete(
@@ -56,9 +71,12 @@ def complete(
     system: str | None = None,
     runtime: str = "auto",
     mode: str = "exact",
-    threads: int = 2,
+    threads: int | None = None,
+    context: int | None = None,
+    half_cache: bool = False,
     dtype: str = "float32",
     on_text: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Completion:
     """Continue a prompt.
 
@@ -67,7 +85,7 @@ def complete(
         prompt: Text; with ``chat`` the message of the user.
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
-        max_tokens: Tokens at most.
+        max_tokens: Tokens at most; -1: until the text ends. It also ends where the context does.
         temperature: 0 is greedy.
         top_k: 0 keeps all.
         top_p: 1 keeps all.
@@ -79,19 +97,34 @@ def complete(
         system: With ``chat``, the system's message before it.
         runtime: One of :data:`RUNTIMES`.
         mode: Of the native engine: ``exact`` or ``fast``.
-        threads: Of the native engine.
+        threads: Of the native engine; None: the cores of this machine.
+        context: Tokens of prompt and reply together at most; None: what the model was trained for.
+        half_cache: The native engine keeps keys and values in fp16.
         dtype: Of the reference: ``float32`` or ``float64``.
         on_text: Called with each piece of text when it is certain.
+        on_note: Called with what the user should know, such as that ``auto`` means the slow reference here.
 
     Raises:
         IrqError: The file, the adapter or an option is refused.
     """
+    if runtime not in RUNTIMES:
+        raise UsageError("unknown runtime", expected=" | ".join(RUNTIMES), got=runtime)
     if system is not None and not chat:
         raise UsageError("a system message belongs to a chat", hint="Ask for the chat template too")
     model, adapter = model_files(model, adapter)
-    tokenizer = load_tokenizer(open_gguf(model))
+    gguf = open_gguf(model)
+    tokenizer = load_tokenizer(gguf)
+    positions = check_context(read_config(gguf), context)
+    ids = _read_chat(tokenizer, prompt, system) if chat else _read_prompt(tokenizer, prompt)
+    if not ids:
+        raise UsageError("the prompt is empty", hint="Give some text with -p")
+    room = positions - len(ids)
+    if room < 1:
+        raise UsageError(
+            "the prompt fills the context", expected=f"at most {positions - 1} tokens", got=len(ids)
+        )
     params = SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=room if max_tokens == -1 else min(max_tokens, room),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -100,22 +133,26 @@ def complete(
         seed=seed,
         stop_tokens=tokenizer.stop_tokens,
     )
-    if chat:
-        opening = [] if system is None else [{"role": "system", "content": system}]
-        rendered = tokenizer.render_chat([*opening, {"role": "user", "content": prompt}])
-        ids = tokenizer.encode(rendered, add_special=False)
-    else:
-        ids = tokenizer.encode(prompt)
-        if not ids and tokenizer.bos is not None:
-            ids = [tokenizer.bos]
-    if not ids:
-        raise UsageError("the prompt is empty", hint="Give some text with -p")
-    session = _open_session(
-        model, adapter, adapter_scale, runtime, mode, threads, dtype, context=len(ids) + max_tokens
-    )
+
+    def native() -> StepModel:
+        return Engine(
+            model,
+            adapter,
+            adapter_scale,
+            threads=threads,
+            mode=mode,
+            context=len(ids) + params.max_tokens,
+            half_cache=half_cache,
+        ).session()
+
+    def reference() -> StepModel:
+        return load_model(model, adapter, adapter_scale).session(dtype)
+
+    session = _open_session(runtime, native, reference, on_note or (lambda note: None))
     stream = TextStream(tokenizer, ids, stop)
     tokens: list[int] = []
     pieces: list[str] = []
+    times = [time.perf_counter()]  # of the start, then of every token
 
     def take(piece: str) -> None:
         if piece:
@@ -124,34 +161,44 @@ def complete(
                 on_text(piece)
 
     for token in generate(session, ids, params):
+        times.append(time.perf_counter())
         tokens.append(token)
         take(stream.push(token))
         if stream.stopped:
             break
     take(stream.finish())
-    reason = "stop" if stream.stopped or len(tokens) < max_tokens else "length"
-    return Completion(ids, tokens, "".join(pieces), reason)
+    reason = "stop" if stream.stopped or len(tokens) < params.max_tokens else "length"
+    return Completion(ids, tokens, "".join(pieces), reason, tuple(times))
+
+
+def _read_chat(tokenizer: Tokenizer, message: str, system: str | None) -> list[int]:
+    """Return the tokens of a conversation in which the assistant is to reply."""
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    rendered = tokenizer.render_chat([*opening, {"role": "user", "content": message}])
+    return tokenizer.encode(rendered, add_special=False)
+
+
+def _read_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Return the tokens of a text; of an empty one BOS, if the model has it."""
+    ids = tokenizer.encode(prompt)
+    if not ids and tokenizer.bos is not None:
+        return [tokenizer.bos]
+    return ids
 
 
 def _open_session(
-    model: str | Path,
-    adapter: str | Path | None,
-    adapter_scale: float,
     runtime: str,
-    mode: str,
-    threads: int,
-    dtype: str,
-    context: int,
+    native: Callable[[], StepModel],
+    reference: Callable[[], StepModel],
+    note: Callable[[str], None],
 ) -> StepModel:
     """Return an empty context of the runtime asked for."""
-    if runtime not in RUNTIMES:
-        raise UsageError("unknown runtime", expected=" | ".join(RUNTIMES), got=runtime)
-    if runtime != "reference":
-        try:
-            return Engine(
-                model, adapter, adapter_scale, threads=threads, mode=mode, context=context
-            ).session()
-        except UnsupportedModel:
-            if runtime == "native":
-                raise
-    return load_model(model, adapter, adapter_scale).session(dtype)
+    if runtime == "reference":
+        return reference()
+    try:
+        return native()
+    except UnsupportedModel as error:
+        if runtime == "native":
+            raise
+        note(f"{error}. The reference runtime, in numpy, runs instead: it is slow")
+        return reference()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from irq_export.cli import main
-from irq_formats.errors import UsageError
-from irq_formats.gguf import BOOL, STR, U32
+from irq_formats.errors import UnsupportedModel, UsageError
+from irq_formats.gguf import BOOL, STR, U32, GgmlType, TensorSource, open_gguf, write_gguf
 from irq_runtime.completion import complete
 from irq_runtime.reference import load_model
 from tests.tiny_files import write_stock
@@ -95,7 +98,122 @@ def test_chat_without_a_template_is_refused(stories_gguf: Path) -> None:
         complete(model=stories_gguf, prompt=PROMPT, chat=True)
 
 
+@pytest.fixture(scope="module")
+def odd_gguf(stories: PreTrainedModel, stories_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stories with the last norm in Q2_0, all 2: the reference decodes it, the engine does not."""
+    path = tmp_path_factory.mktemp("odd") / "odd.gguf"
+    source = open_gguf(stories_gguf)
+    twos = np.frombuffer(np.float16(2).tobytes() + b"\xaa" * 16, np.uint8)  # d, then 64 codes 2: d (2 - 1)
+    write_gguf(
+        path,
+        source.values,
+        [
+            TensorSource(name, tensor.shape, GgmlType.Q2_0, lambda: twos)
+            if name == "output_norm.weight"
+            else TensorSource(name, tensor.shape, tensor.type, partial(source.read, name))
+            for name, tensor in source.tensors.items()
+        ],
+    )
+    return path
+
+
+class TestRuntimes:
+    def test_auto_says_that_it_is_slow(self, odd_gguf: Path) -> None:
+        notes: list[str] = []
+        result = complete(model=odd_gguf, prompt=PROMPT, max_tokens=3, on_note=notes.append)
+        assert len(result.tokens) == 3
+        [note] = notes
+        assert "output_norm.weight" in note
+        assert "numpy" in note
+        run = CliRunner().invoke(main, ["run", str(odd_gguf), "-p", PROMPT, "-n", "1", "--json"])
+        assert "numpy" in run.stderr
+        assert json.loads(run.stdout)["text"]
+
+    def test_native_refuses_what_it_lacks(self, odd_gguf: Path) -> None:
+        with pytest.raises(UnsupportedModel, match="output_norm"):
+            complete(model=odd_gguf, prompt=PROMPT, runtime="native")
+
+    def test_nothing_is_said_where_native_runs(self, stories_gguf: Path) -> None:
+        notes: list[str] = []
+        complete(model=stories_gguf, prompt=PROMPT, max_tokens=1, on_note=notes.append)
+        assert not notes
+
+    def test_unknown(self, stories_gguf: Path) -> None:
+        with pytest.raises(UsageError, match="unknown runtime"):
+            complete(model=stories_gguf, prompt=PROMPT, runtime="torch")
+
+
+class TestContext:
+    """stories260K was trained for 512 positions."""
+
+    @pytest.mark.parametrize("max_tokens", [-1, 200_000_000])
+    @pytest.mark.parametrize("runtime", ["native", "reference"])
+    def test_a_text_ends_with_the_context(self, max_tokens: int, runtime: str, stories_gguf: Path) -> None:
+        options = {"model": stories_gguf, "prompt": PROMPT, "runtime": runtime, "max_tokens": max_tokens}
+        result = complete(context=20, **options)
+        assert len(result.prompt_tokens) + len(result.tokens) == 20
+        assert result.finish_reason == "length"
+
+    def test_the_default_is_the_model_s(self, stories_gguf: Path) -> None:
+        result = complete(model=stories_gguf, prompt=PROMPT, max_tokens=10**9, temperature=1.5)
+        assert len(result.prompt_tokens) + len(result.tokens) <= 512
+
+    def test_an_absurd_length_costs_no_memory(self, stories_gguf: Path) -> None:
+        code = (
+            "from irq_runtime.completion import complete; from irq_runtime.machine import peak_rss\n"
+            f"run = lambda n: complete(model={str(stories_gguf)!r}, prompt='x', max_tokens=n, stop=['e'])\n"
+            "run(1); before = peak_rss(); run(200_000_000); grown = (peak_rss() - before) >> 20\n"
+            "assert grown < 64, grown"  # MiB; 1.6 GB when scores for every position were made
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"context": 513}, "no such context"),
+            ({"context": 0}, "no such context"),
+            ({"context": 5}, "fills the context"),
+            ({"prompt": PROMPT * 200}, "fills the context"),
+            ({"max_tokens": -2}, "max_tokens"),
+        ],
+    )
+    def test_refused(self, options: dict[str, Any], message: str, stories_gguf: Path) -> None:
+        with pytest.raises(UsageError, match=message):
+            complete(**{"model": stories_gguf, "prompt": PROMPT, "runtime": "reference", **options})
+
+
+def test_half_cache(stories_gguf: Path) -> None:
+    texts = {complete(model=stories_gguf, prompt=PROMPT, half_cache=half).text[:70] for half in (False, True)}
+    assert texts == {OPENING[:70]}
+
+
+def test_rates(stories_gguf: Path) -> None:
+    result = complete(model=stories_gguf, prompt=PROMPT, max_tokens=8)
+    start, first, *_, last = result.times
+    assert result.prompt_rate == pytest.approx(len(result.prompt_tokens) / (first - start))
+    assert result.decode_rate == pytest.approx(7 / (last - first))
+    one = complete(model=stories_gguf, prompt=PROMPT, max_tokens=1)
+    assert one.prompt_rate is not None
+    assert one.decode_rate is None
+    none = complete(model=stories_gguf, prompt=PROMPT, max_tokens=0)
+    assert (none.prompt_rate, none.decode_rate) == (None, None)
+
+
 class TestCommand:
+    def test_speed_is_on_stderr(self, stories_gguf: Path) -> None:
+        run = CliRunner().invoke(main, ["run", str(stories_gguf), "-p", PROMPT, "-n", "8"])
+        pattern = r"prompt: 5 tokens, [\d.]+ tokens/s; reply: 8 tokens, [\d.]+ tokens/s\n"
+        assert re.fullmatch(pattern, run.stderr), run.stderr
+        assert "tokens/s" not in run.stdout
+        run = CliRunner().invoke(main, ["run", str(stories_gguf), "-p", PROMPT, "-n", "8", "--json"])
+        assert run.stderr == ""
+        assert json.loads(run.stdout)["tokens_per_second"] > 0
+
+    def test_context_options(self, stories_gguf: Path) -> None:
+        command = ["run", str(stories_gguf), "-p", PROMPT, "-n", "-1", "-c", "16", "--half-cache", "--json"]
+        document = json.loads(CliRunner().invoke(main, command).stdout)
+        assert len(document["prompt_tokens"]) + len(document["tokens"]) == 16
+
     def test_text(self, stories_gguf: Path) -> None:
         run = CliRunner().invoke(main, ["run", str(stories_gguf), "-p", PROMPT, "-n", "40"])
         assert run.exit_code == 0
@@ -133,6 +251,8 @@ class TestCommand:
             (["nowhere.gguf", "-p", "x"], 2),
             (["FILE", "-p", "x", "--top-p", "2"], 2),
             (["FILE", "-p", "x", "--chat"], 2),
+            (["FILE", "-p", "x", "-n", "-2"], 2),
+            (["FILE", "-p", "x", "-c", "513"], 2),
             (["FILE"], 2),
             (["FILE", "-p", "x", "-f", "-"], 2),
             (["FILE", "-f", "nowhere.txt"], 2),
