@@ -23,6 +23,7 @@ from irq_export.export.gguf.tokenizer import read_tokenizer
 from irq_formats.blocks import BlockSpec
 from irq_formats.errors import (
     IrqError,
+    MalformedFile,
     OutputExists,
     ParityFailed,
     PreflightRefused,
@@ -150,6 +151,24 @@ def test_a_wrong_file_is_rejected(tmp_path, gguf_source, monkeypatch):
             to_gguf(gguf_source("int4").path, tmp_path / output, **options)
         assert not (tmp_path / output).exists()
         assert (tmp_path / f"{output}.rejected").exists()
+        with pytest.raises(ParityFailed):  # and again: the first is not in the way
+            to_gguf(gguf_source("int4").path, tmp_path / output, **options)
+        assert not (tmp_path / output).exists()
+        assert (tmp_path / f"{output}.rejected-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [(MalformedFile("a bad file"), ParityFailed), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_what_cannot_be_compared_does_not_keep_its_name(tmp_path, gguf_source, monkeypatch, error, seen):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(convert, "read_back", fail)
+    with pytest.raises(seen):
+        to_gguf(gguf_source("nf4").path, tmp_path / "m.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.rejected"]
 
 
 _CHILD = """

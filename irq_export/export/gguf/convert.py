@@ -19,10 +19,11 @@ from irq_export.export.gguf.readback import ReadBack, read_back
 from irq_export.export.gguf.stock_profile import rope_tensors, stock_files, stock_header
 from irq_export.export.gguf.tensors import adapter_origins, source_tensors
 from irq_export.export.gguf.tokenizer import read_tokenizer
+from irq_export.export.rejected import set_aside
 from irq_formats.adapter import Adapter
 from irq_formats.atomic import atomic_dir, atomic_file
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
-from irq_formats.errors import ParityFailed, UsageError
+from irq_formats.errors import MalformedFile, ParityFailed, UsageError
 from irq_formats.gguf import GgufValue, write_gguf
 from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
 from irq_formats.manifest import write_manifest
@@ -151,7 +152,7 @@ def to_gguf(
         WrongBase: The adapter was trained against another base.
         PreflightRefused: The disk has not enough room.
         OutputExists: The output exists and ``overwrite`` is false.
-        ParityFailed: What was written is not the checkpoint; it was renamed to ``*.rejected``.
+        ParityFailed: What was written is not the checkpoint; it was kept as ``*.rejected``.
     """
     options = GgufOptions(
         profile=profile,
@@ -261,7 +262,10 @@ class _Export:
         plan = self.plan
         try:
             compared = read_back(plan, self.checkpoint, self.adapter)
-        except ParityFailed:
+        except MalformedFile as error:
+            rejected = _reject(plan)
+            raise ParityFailed("what was written is malformed", where=rejected, got=error) from error
+        except BaseException:  # Ctrl-C too: what was not compared does not keep its name
             _reject(plan)
             raise
         return ExportResult(
@@ -310,10 +314,10 @@ def _shifted(progress: Progress, before: int, total: int) -> Callable[[str, int,
     return update
 
 
-def _reject(plan: Plan) -> None:
-    """Rename what was written to ``*.rejected``, so that nobody takes it for a result."""
-    for path in [plan.output] if plan.is_directory else [plan.path(file) for file in plan.files]:
-        path.replace(path.with_name(path.name + ".rejected"))
+def _reject(plan: Plan) -> Path:
+    """Rename what was written; return the new name of the output."""
+    paths = [plan.output] if plan.is_directory else [plan.path(file) for file in plan.files]
+    return [set_aside(path, path) for path in paths][-1]
 
 
 def _hashed(path: Path) -> OutputFile:

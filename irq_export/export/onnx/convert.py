@@ -1,4 +1,4 @@
-"""From a checkpoint to ONNX: plan, preflight, stream, rename, read back."""
+"""From a checkpoint to ONNX: plan, preflight, stream, read back, rename."""
 
 from __future__ import annotations
 
@@ -18,15 +18,24 @@ from irq_export.export.onnx.network import Network, build_network
 from irq_export.export.onnx.options import DTYPES, OnnxOptions
 from irq_export.export.onnx.plan import OnnxPlan, check_complete, preflight
 from irq_export.export.onnx.readback import ReadBack, read_back
+from irq_export.export.rejected import set_aside
 from irq_formats.atomic import atomic_dir
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
-from irq_formats.errors import ParityFailed, UsageError
+from irq_formats.errors import MalformedFile, ParityFailed, UsageError
 from irq_formats.manifest import write_manifest
 from irq_formats.onnx.data_file import data_offsets, write_data
 from irq_formats.onnx.model_file import DATA_NAME, FORMAT_VERSION, MODEL_NAME
 from irq_runtime.onnx import library_path
 
 __all__ = ["OnnxResult", "plan_onnx", "to_onnx"]
+
+#: What reading back raises if the files are not what they should be.
+_WRONG = (
+    ParityFailed,
+    MalformedFile,
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+)
 
 #: Called with (bytes done, bytes in all, name of the tensor written).
 Progress = Callable[[int, int, str], None]
@@ -132,7 +141,7 @@ def to_onnx(
         WrongBase: An adapter was trained against another base.
         PreflightRefused: The disk has not enough room.
         OutputExists: The output exists and ``overwrite`` is false.
-        ParityFailed: What was written is not the checkpoint; it was renamed to ``*.rejected``.
+        ParityFailed: What was written is not the checkpoint; it was kept as ``*.rejected``.
     """
     options = OnnxOptions(
         profile=profile,
@@ -147,8 +156,7 @@ def to_onnx(
     )
     export = _Export.open(checkpoint, Path(output), options)
     preflight(export.plan, export.inputs, overwrite=overwrite)
-    export.write(overwrite=overwrite, progress=progress)
-    return export.finish()
+    return export.write(overwrite=overwrite, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -203,19 +211,33 @@ class _Export:
         """The directories that are read."""
         return [self.checkpoint.path, *(Path(path) for path in self.options.adapters)]
 
-    def write(self, *, overwrite: bool, progress: Progress | None) -> None:
-        """Write all files; the directory appears under its name only when it is complete."""
+    def write(self, *, overwrite: bool, progress: Progress | None) -> OnnxResult:
+        """Write all files; the directory appears under its name only when it is complete and compared."""
+        plan = self.plan
+        with atomic_dir(plan.output, overwrite=overwrite) as directory:
+            self._write_files(directory, progress)
+            compared = self._read_back(directory)
+        return OnnxResult(
+            profile=plan.profile,
+            output=plan.output,
+            files={file.name: file.stat().st_size for file in sorted(plan.output.iterdir())},
+            bits_per_weight=plan.bits_per_weight,
+            read_back=compared,
+            skipped=dict(plan.skipped),
+            notes=plan.notes,
+        )
+
+    def _write_files(self, directory: Path, progress: Progress | None) -> None:
         data = [tensor.data for tensor in self.plan.tensors]
         offsets, total = data_offsets(data)
-        with atomic_dir(self.plan.output, overwrite=overwrite) as directory:
-            (directory / MODEL_NAME).write_bytes(self.graph)
-            with (directory / DATA_NAME).open("xb", buffering=1 << 20) as file:
-                write_data(file, data, offsets, progress=progress, total=total)
-            for adapter in self.plan.adapters:
-                write_adapter_file(directory / adapter.file_name, adapter)
-            for write in COMPANIONS:
-                write(directory, self.checkpoint, self.options)
-            write_manifest(directory, self._manifest())
+        (directory / MODEL_NAME).write_bytes(self.graph)
+        with (directory / DATA_NAME).open("xb", buffering=1 << 20) as file:
+            write_data(file, data, offsets, progress=progress, total=total)
+        for adapter in self.plan.adapters:
+            write_adapter_file(directory / adapter.file_name, adapter)
+        for write in COMPANIONS:
+            write(directory, self.checkpoint, self.options)
+        write_manifest(directory, self._manifest())
 
     def _manifest(self) -> dict[str, object]:
         return {
@@ -226,8 +248,8 @@ class _Export:
             "adapters": {adapter.name: {"base_hash": adapter.base_hash} for adapter in self.adapters},
         }
 
-    def finish(self) -> OnnxResult:
-        """Read the files back and compare."""
+    def _read_back(self, directory: Path) -> ReadBack:
+        """Compare the files with the checkpoint; put them aside if they are not it."""
         plan, options = self.plan, self.options
         chosen = choose_operators(
             self.checkpoint,
@@ -238,21 +260,10 @@ class _Export:
         operators = {module: operator.codebook for module, operator in chosen.items()}
         baked = self.adapters[0] if options.bake_adapter else None
         try:
-            compared = read_back(plan.output, self.checkpoint, operators, plan.adapters, baked)
-        except (ParityFailed, onnx.checker.ValidationError) as error:
-            plan.output.replace(plan.output.with_name(plan.output.name + ".rejected"))
-            if isinstance(error, ParityFailed):
-                raise
-            raise ParityFailed("onnx.checker refuses the graph", where=plan.output, got=error) from error
-        return OnnxResult(
-            profile=plan.profile,
-            output=plan.output,
-            files={file.name: file.stat().st_size for file in sorted(plan.output.iterdir())},
-            bits_per_weight=plan.bits_per_weight,
-            read_back=compared,
-            skipped=dict(plan.skipped),
-            notes=plan.notes,
-        )
+            return read_back(directory, self.checkpoint, operators, plan.adapters, baked)
+        except _WRONG as error:
+            rejected = set_aside(directory, plan.output)
+            raise ParityFailed("what was written is not the checkpoint", where=rejected, got=error) from error
 
 
 def _companions(checkpoint: Checkpoint, options: OnnxOptions) -> list[Path]:
