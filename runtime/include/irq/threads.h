@@ -17,7 +17,8 @@ namespace irq {
 // so a crowded machine slows the engine down only by its share. Not usable in a forked child.
 class ThreadPool {
 public:
-    explicit ThreadPool(unsigned threads);  // the caller is one of them
+    // The caller is one of them. Error: the system does not give so many.
+    explicit ThreadPool(unsigned threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool &) = delete;
     ThreadPool &operator=(const ThreadPool &) = delete;
@@ -49,6 +50,7 @@ private:
 
     void run(Function function, const void *body);
     void work(unsigned thread);
+    void stop();
 
     std::vector<std::thread> workers_;
     Function function_ = nullptr;

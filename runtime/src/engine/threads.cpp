@@ -1,5 +1,9 @@
 #include "irq/threads.h"
 
+#include <system_error>
+
+#include "irq/error.h"
+
 namespace irq {
 namespace {
 
@@ -25,10 +29,22 @@ bool spin_until(const Condition &condition) {
 }  // namespace
 
 ThreadPool::ThreadPool(unsigned threads) {
-    for (unsigned thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+    try {
+        for (unsigned thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
+    } catch (const std::system_error &error) {
+        const std::size_t started = workers_.size();
+        stop();
+        throw Error(Fault::usage, "the system gives no more threads", "", show(threads) + " threads",
+                    show(started + 1) + " (" + error.what() + ")", "Ask for fewer threads");
+    } catch (...) {
+        stop();  // no destructor runs for what was never finished
+        throw;
+    }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
     stop_.store(true);
     {
         const std::lock_guard<std::mutex> lock(mutex_);

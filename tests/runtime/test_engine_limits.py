@@ -1,0 +1,50 @@
+"""What the machine, the model or the user does not grant the engine: an error that says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_files import block_tensors, write_irq
+from tiny_models import tiny_model
+
+from irq_formats.blocks import BlockSpec
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from irq_formats.errors import IrqError
+from irq_runtime.engine import Engine
+model, threads, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    engine = Engine(model, threads=threads)
+    print(engine.logits([1, 2, 3]).shape)
+except IrqError as error:
+    print(error.code, error)
+"""
+
+
+def run_limited(model: Path, *, threads: int, memory: int) -> str:
+    """Open a model in a process that may take `memory` more bytes of addresses; return what it says."""
+    command = [sys.executable, "-c", LIMITED, str(model), str(threads), str(memory)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def irq_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama in nf4."""
+    model = tiny_model()
+    path = tmp_path_factory.mktemp("limits") / "m.gguf"
+    write_irq(path, model, block_tensors(model, BlockSpec("nf4")))
+    return path
+
+
+def test_threads_the_system_does_not_give(irq_file: Path) -> None:
+    """Their stacks do not fit; those that began are ended, not waited for."""
+    said = run_limited(irq_file, threads=256, memory=400 << 20)
+    assert said.startswith("usage the system gives no more threads; expected 256 threads, got ")
+    assert run_limited(irq_file, threads=4, memory=400 << 20) == "(3, 259)\n"
