@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <exception>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -22,13 +23,22 @@ namespace {
 
 thread_local std::string last_error = "no error";
 
+// So short a text needs no memory beyond the string itself.
+void remember(const char *text) noexcept {
+    try {
+        last_error = text;
+    } catch (const std::bad_alloc &) {
+        last_error = "out of memory";
+    }
+}
+
 template <typename Body>
 irq_status guarded(const Body &body) {
     try {
         body();
         return IRQ_OK;
     } catch (const irq::Error &error) {
-        last_error = error.what();
+        remember(error.what());
         switch (error.fault) {
             case irq::Fault::usage: return IRQ_USAGE;
             case irq::Fault::malformed: return IRQ_MALFORMED;
@@ -36,10 +46,12 @@ irq_status guarded(const Body &body) {
             case irq::Fault::wrong_base: return IRQ_WRONG_BASE;
             default: return IRQ_INTERNAL;
         }
+    } catch (const std::bad_alloc &) {
+        remember("out of memory");
     } catch (const std::exception &error) {
-        last_error = error.what();
+        remember(error.what());
     } catch (...) {
-        last_error = "unknown exception";
+        remember("unknown exception");
     }
     return IRQ_INTERNAL;
 }
