@@ -1,0 +1,82 @@
+"""to-onnx, when what was written is not what should have been: nothing of it gets the name of the output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from click.testing import CliRunner
+from tiny_checkpoints import write_tiny_checkpoint
+
+from irq_export.cli import main
+from irq_export.export.onnx import convert, to_onnx
+from irq_formats.errors import ParityFailed
+from irq_formats.onnx.model_file import open_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "c"
+    write_tiny_checkpoint(path)
+    return path
+
+
+@pytest.mark.parametrize("part", ["codes", "scale", "tau"])
+def test_a_byte_written_wrong_is_noticed(part, checkpoint, tmp_path, monkeypatch):
+    real = convert.write_data
+
+    def write_one_wrong(file, tensors, offsets, **options):
+        real(file, tensors, offsets, **options)
+        file.seek(offsets[f"model.layers.1.mlp.up_proj.{part}"] + 4)
+        file.write(b"\x01")
+
+    monkeypatch.setattr(convert, "write_data", write_one_wrong)
+    for rejected in (["o.rejected"], ["o.rejected", "o.rejected-2"]):
+        with pytest.raises(ParityFailed, match=f"{rejected[-1]}: .*mlp.up_proj.{part}: the written"):
+            to_onnx(checkpoint, tmp_path / "o")
+        assert sorted(path.name for path in tmp_path.iterdir()) == rejected
+    run = CliRunner().invoke(main, ["to-onnx", str(checkpoint), "-o", str(tmp_path / "o")])
+    assert run.exit_code == ParityFailed.exit_code
+    monkeypatch.undo()
+    to_onnx(checkpoint, tmp_path / "o")
+    monkeypatch.setattr(convert, "write_data", write_one_wrong)
+    with pytest.raises(ParityFailed):
+        to_onnx(checkpoint, tmp_path / "o", overwrite=True)
+    assert open_model(tmp_path / "o").tensors  # the old one is still there
+
+
+def test_a_data_file_written_short_is_rejected(checkpoint, tmp_path, monkeypatch):
+    real = convert.write_data
+
+    def write_short(file, tensors, offsets, **options):
+        real(file, tensors, offsets, **options)
+        file.truncate(file.tell() - 4)
+
+    monkeypatch.setattr(convert, "write_data", write_short)
+    with pytest.raises(ParityFailed, match="does not fit"):
+        to_onnx(checkpoint, tmp_path / "o")
+    assert [path.name for path in tmp_path.iterdir()] == ["o.rejected"]
+
+
+@pytest.mark.parametrize("error", [onnx.checker.ValidationError, onnx.shape_inference.InferenceError])
+def test_a_graph_that_onnx_refuses_is_rejected(error, checkpoint, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise error("refused")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(ParityFailed, match="refused"):
+        to_onnx(checkpoint, tmp_path / "o")
+    assert [path.name for path in tmp_path.iterdir()] == ["o.rejected"]
+
+
+def test_what_was_not_compared_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    """Ctrl-C while the files are read back."""
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "read_back", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        to_onnx(checkpoint, tmp_path / "o")
+    assert not list(tmp_path.iterdir())
