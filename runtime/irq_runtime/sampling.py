@@ -1,8 +1,8 @@
 """Choosing the next token, and the loop around it.
 
-The order of operations is that of transformers: repetition penalty, temperature, top-k, top-p, min-p,
-then one uniform number of a seeded PCG64 looked up in the cumulative distribution. Temperature 0 takes
-the most likely token, of equal ones the first.
+The order of operations is that of transformers and vLLM: bias, repetition penalty, frequency and presence
+penalties, temperature, top-k, top-p, min-p, then one uniform number of a seeded PCG64 looked up in the
+cumulative distribution. Temperature 0 takes the most likely token, of equal ones the first.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ FloatArray = NDArray[np.floating]
 #: How many tokens top-p sorts at first: most distributions reach it with fewer.
 _FEW = 1024
 
+#: Tokens of a prompt read at a time: Ctrl-C acts in between. The native engine's own batch, so that bits stay.
+_PIECE = 256
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -36,6 +39,9 @@ class SamplingParams:
         min_p: Drop tokens less likely than min_p times the most likely one (0: none).
         repetition_penalty: Divides positive, multiplies negative logits of tokens seen before
             (arXiv 1909.05858); 1 is off.
+        frequency_penalty: Taken from a logit each time that its token has been generated (OpenAI's; 0: off).
+        presence_penalty: Taken once from the logit of a token that has been generated (OpenAI's; 0: off).
+        logit_bias: Tokens, and what is added to their logits: 100 forces a token, -100 bans it.
         seed: Seed of PCG64.
         stop_tokens: Ids that end generation and are not yielded.
 
@@ -49,6 +55,9 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
 
@@ -60,6 +69,9 @@ class SamplingParams:
             ("top_p", "above 0, at most 1", 0 < self.top_p <= 1),
             ("min_p", "0 to 1", 0 <= self.min_p <= 1),
             ("repetition_penalty", "above 0", 0 < self.repetition_penalty < np.inf),
+            ("frequency_penalty", "-100 to 100", -100 <= self.frequency_penalty <= 100),
+            ("presence_penalty", "-100 to 100", -100 <= self.presence_penalty <= 100),
+            ("logit_bias", "-100 to 100", all(i >= 0 and -100 <= bias <= 100 for i, bias in self.logit_bias)),
             ("seed", "0 or more", self.seed >= 0),
         ):
             if not good:
@@ -74,19 +86,20 @@ class StepModel(Protocol):
 
 
 def probabilities(
-    logits: FloatArray, params: SamplingParams, seen: Sequence[int] = ()
+    logits: FloatArray, params: SamplingParams, seen: Sequence[int] = (), prompt_tokens: int = 0
 ) -> NDArray[np.float64]:
     """Return the distribution that is sampled, float64 ``(vocab_size,)``.
 
     Args:
         logits: ``(vocab_size,)``.
         params: How; a temperature of 0 gives all weight to one token.
-        seen: Tokens of the context, for the repetition penalty.
+        seen: Tokens of the context, for the penalties.
+        prompt_tokens: How many of them nobody generated: only the repetition penalty counts those.
 
     Raises:
         MalformedFile: The logits hold NaN or infinity, or are all minus infinity: a broken model.
     """
-    scores = _scores(logits, params, seen)
+    scores = _scores(logits, params, seen, prompt_tokens)
     full = np.zeros(scores.size)
     if params.temperature == 0:
         full[int(scores.argmax())] = 1
@@ -118,11 +131,15 @@ def likeliest(scores: FloatArray, count: int) -> NDArray[np.intp]:
     return ids[np.argsort(-scores[ids], kind="stable")][:count]
 
 
-def _scores(logits: FloatArray, params: SamplingParams, seen: Sequence[int]) -> NDArray[np.float64]:
-    """Return finite logits (or -inf) with the tokens in ``seen`` made less likely, each once."""
+def _scores(
+    logits: FloatArray, params: SamplingParams, seen: Sequence[int], prompt_tokens: int
+) -> NDArray[np.float64]:
+    """Return finite logits (or -inf) after bias and penalties."""
     scores = logits.astype(np.float64)
     if not np.isfinite(scores.max()):  # NaN is the maximum wherever it is
         raise MalformedFile("the model's logits are not numbers", got=float(scores.max()))
+    for token, bias in params.logit_bias:
+        scores[token] += bias
     penalty = params.repetition_penalty
     if penalty != 1 and len(seen):
         ids = np.unique(np.asarray(seen))
@@ -130,6 +147,9 @@ def _scores(logits: FloatArray, params: SamplingParams, seen: Sequence[int]) -> 
             penalised = np.where(scores[ids] < 0, scores[ids] * penalty, scores[ids] / penalty)
         limit = np.finfo(np.float64).max
         scores[ids] = penalised.clip(-limit, limit)
+    if (params.frequency_penalty or params.presence_penalty) and len(seen) > prompt_tokens:
+        ids, counts = np.unique(np.asarray(seen[prompt_tokens:]), return_counts=True)
+        scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
     return scores
 
 
@@ -149,6 +169,7 @@ def sample(
     params: SamplingParams,
     rng: np.random.Generator,
     seen: Sequence[int] = (),
+    prompt_tokens: int = 0,
 ) -> int:
     """Choose a token: the first whose cumulative probability, by id, exceeds one uniform number.
 
@@ -156,14 +177,15 @@ def sample(
         logits: ``(vocab_size,)``.
         params: How.
         rng: Source of the number; not used at temperature 0.
-        seen: Tokens of the context, for the repetition penalty.
+        seen: Tokens of the context, for the penalties.
+        prompt_tokens: How many of them nobody generated: only the repetition penalty counts those.
 
     Raises:
         MalformedFile: As :func:`probabilities`.
     """
     if params.temperature == 0:
-        return int(_scores(logits, params, seen).argmax())
-    p = probabilities(logits, params, seen)
+        return int(_scores(logits, params, seen, prompt_tokens).argmax())
+    p = probabilities(logits, params, seen, prompt_tokens)
     cumulative = np.cumsum(p)
     index = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
     return min(index, int(np.flatnonzero(p)[-1]))
@@ -185,8 +207,11 @@ def generate(model: StepModel, prompt: Sequence[int], params: SamplingParams) ->
     rng = np.random.Generator(np.random.PCG64(params.seed))
     seen = list(prompt)
     new: Sequence[int] = prompt
+    while params.max_tokens and len(new) > _PIECE:
+        model.next_logits(new[:_PIECE])
+        new = new[_PIECE:]
     for _ in range(params.max_tokens):
-        token = sample(model.next_logits(new), params, rng, seen)
+        token = sample(model.next_logits(new), params, rng, seen, len(prompt))
         if token in params.stop_tokens:
             return
         yield token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from irq_formats.errors import MalformedFile, UsageError
+from irq_runtime.engine import Engine
 from irq_runtime.sampling import SamplingParams, generate, likeliest, probabilities, sample
 from tests.tolerance import SAMPLING_SIGMAS
 
@@ -61,6 +63,8 @@ EXTREME_PARAMS = st.builds(
     top_p=st.floats(0, 1, exclude_min=True) | st.sampled_from([5e-324, 0.5, 1.0]),
     min_p=st.floats(0, 1),
     repetition_penalty=st.floats(0, 1e308, exclude_min=True) | st.sampled_from([1e-320, 1.0, 1.3]),
+    frequency_penalty=st.floats(-100, 100) | st.just(0.0),
+    presence_penalty=st.floats(-100, 100) | st.just(0.0),
 )
 
 
@@ -136,6 +140,36 @@ def test_repetition_penalty_moves_greedy() -> None:
     assert sample(logits, SamplingParams(repetition_penalty=3.0), rng, seen=[1]) == 0
 
 
+def test_openai_penalties_count_what_was_generated() -> None:
+    """logit[j] - count[j] * frequency - (count[j] > 0) * presence, with counts of generated tokens only."""
+    params = SamplingParams(temperature=0.8, frequency_penalty=0.7, presence_penalty=-0.3)
+    expected = LOGITS.copy()
+    expected[4] -= 3 * 0.7 - 0.3
+    expected[9] -= 0.7 - 0.3
+    seen = [2, 2, 4, 4, 9, 4, 4]
+    unchanged = SamplingParams(temperature=0.8)
+    np.testing.assert_allclose(
+        probabilities(LOGITS, params, seen, prompt_tokens=3), probabilities(expected, unchanged), rtol=1e-12
+    )
+    assert (probabilities(LOGITS, params, seen, prompt_tokens=7) == probabilities(LOGITS, unchanged)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bias_forces_and_bans(temperature: float) -> None:
+    best = int(LOGITS.argmax())
+    params = SamplingParams(temperature=temperature, logit_bias=((best, -100.0), (17, 100.0)))
+    p = probabilities(LOGITS, params)
+    assert p[17] == pytest.approx(1)
+    assert p[best] < 1e-30
+    assert sample(LOGITS, params, np.random.default_rng(0)) == 17
+
+
+def test_bias_comes_before_penalties() -> None:
+    params = SamplingParams(temperature=1.0, repetition_penalty=2.0, logit_bias=((0, 3.0),))
+    p = probabilities(np.array([1.0, 0.0]), params, seen=[0])
+    assert p[0] / p[1] == pytest.approx(np.exp((1 + 3) / 2))
+
+
 def test_frequencies_follow_the_probabilities() -> None:
     params = SamplingParams(temperature=1.0, top_k=10)
     p = probabilities(LOGITS, params)
@@ -165,6 +199,43 @@ def test_generate_stops() -> None:
         list(generate(Counter(), [], SamplingParams()))
 
 
+def test_generate_counts_its_own_tokens() -> None:
+    def run(**penalty: float) -> list[int]:
+        return list(generate(Stubborn(), [5, 5, 5], SamplingParams(max_tokens=4, **penalty)))
+
+    assert run() == [5, 5, 5, 5]
+    assert run(presence_penalty=1.0) == [5, 3, 5, 5]
+    assert run(frequency_penalty=1.0) == [5, 3, 5, 3]
+
+
+class Stubborn:
+    """A model of ten tokens that says 5, or else 3."""
+
+    def next_logits(self, tokens: Sequence[int]) -> np.ndarray:
+        logits = np.zeros(10)
+        logits[[5, 3]] = 2.5, 1.9
+        return logits
+
+
+def test_generate_reads_prompts_in_pieces(demo: Path) -> None:
+    """An interrupt waits for one piece; the engine's logits are those of the whole prompt, to the bit."""
+    prompt = [token % 1000 for token in range(400)]
+    session = Engine(demo, threads=1).session()
+    read: list[int] = []
+    logits: list[np.ndarray] = []
+
+    class Watched:
+        def next_logits(self, tokens: Sequence[int]) -> np.ndarray:
+            read.append(len(tokens))
+            logits.append(session.next_logits(tokens))
+            return logits[-1]
+
+    list(generate(Watched(), prompt, SamplingParams(max_tokens=1)))
+    assert read == [256, 144]
+    whole = Engine(demo, threads=1).session().next_logits(prompt)
+    assert (logits[-1] == whole).all()
+
+
 def test_seeds() -> None:
     def run(seed: int) -> list[int]:
         return list(generate(Counter(), [0], SamplingParams(max_tokens=30, temperature=3, seed=seed)))
@@ -183,6 +254,10 @@ def test_seeds() -> None:
         {"min_p": -0.1},
         {"top_k": -1},
         {"repetition_penalty": 0.0},
+        {"frequency_penalty": float("nan")},
+        {"presence_penalty": 101.0},
+        {"logit_bias": ((3, -101.0),)},
+        {"logit_bias": ((-3, 1.0),)},
         {"max_tokens": -1},
         {"seed": -1},
     ],
