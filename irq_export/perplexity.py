@@ -94,6 +94,7 @@ def perplexity(
     text: str | Path,
     adapter: str | Path | None = None,
     adapter_scale: float = 1.0,
+    tokenizer: str | Path | None = None,
     runtime: str = "native",
     mode: str = "exact",
     threads: int | None = None,
@@ -107,10 +108,11 @@ def perplexity(
     """Measure how well a model predicts a text.
 
     Args:
-        model: GGUF with a tokenizer, or the directory of a stock pair.
+        model: GGUF, or the directory of a stock pair.
         text: UTF-8 file.
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
+        tokenizer: ``tokenizer.json`` or Hugging Face directory, for a file without a tokenizer.
         runtime: ``native`` or ``reference`` (float32).
         mode: Of the native engine, ``exact`` or ``fast``.
         threads: Of the native engine; None: the cores of this machine.
@@ -122,7 +124,7 @@ def perplexity(
         progress: Called with (done, total, what) before every window.
 
     Raises:
-        UsageError: The text is shorter than a window, or an option is out of range.
+        UsageError: The text is shorter than a window or not UTF-8, or an option is out of range.
         MalformedFile: The saved logits do not belong to this text.
         OutputExists: ``save_logits`` exists.
     """
@@ -130,13 +132,12 @@ def perplexity(
         raise UsageError("out of range", expected="context >= 4, windows >= 1", got=(context, windows))
     model, adapter = model_files(model, adapter)
     gguf = open_gguf(model)
-    tokenizer = load_tokenizer(gguf)
     config = read_config(gguf)
     check_context(config, context)
-    tokens = cut_windows(tokenizer, Path(text).read_text(encoding="utf-8"), context)[:windows]
+    tokens = cut_windows(load_tokenizer(gguf, tokenizer), _read_text(Path(text)), context)[:windows]
     if not len(tokens):
         raise UsageError("the text is shorter than a window", where=text, expected=f"{context} tokens")
-    saved = None if kl_against is None else _open_saved(Path(kl_against), tokens)
+    saved = None if kl_against is None else _open_saved(Path(kl_against), tokens, config.vocab_size)
     logits_of = _runtime(runtime, model, adapter, adapter_scale, mode, threads, context)
     scorer = _Scorer()
 
@@ -236,7 +237,7 @@ def _save(path: Path, tokens: Tokens, logits: Iterator[F32], vocab_size: int, ov
             writer.write(f"logits.{i}", np.ascontiguousarray(window))
 
 
-def _open_saved(path: Path, tokens: Tokens) -> SafeTensors:
+def _open_saved(path: Path, tokens: Tokens, vocab_size: int) -> SafeTensors:
     saved = open_safetensors(path)
     if saved.metadata.get("irq.kind") != "logits" or "tokens" not in saved.tensors:
         raise MalformedFile("not saved logits", where=path, expected="a file of --save-logits")
@@ -248,4 +249,22 @@ def _open_saved(path: Path, tokens: Tokens) -> SafeTensors:
             expected=f"windows {tokens.shape}",
             got=known.shape,
         )
+    windows, context = tokens.shape
+    shape = (context - context // 2, vocab_size)
+    for i in range(windows):
+        ref = saved.tensors.get(f"logits.{i}")
+        if ref is None or (ref.dtype, ref.shape) != ("F32", shape):
+            raise MalformedFile(
+                "the saved logits belong to another vocabulary",
+                where=f"{path}: logits.{i}",
+                expected=f"F32 {shape}",
+                got=None if ref is None else f"{ref.dtype} {ref.shape}",
+            )
     return saved
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("the text is not UTF-8", where=path, got=error) from error

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -23,7 +24,16 @@ from rich.console import Console
 from irq_formats.errors import IrqError, UsageError
 from irq_runtime.machine import default_threads
 
-__all__ = ["console", "emit", "force_option", "json_option", "progress", "threads_option", "verb"]
+__all__ = [
+    "console",
+    "emit",
+    "force_option",
+    "json_option",
+    "progress",
+    "threads_option",
+    "tokenizer_option",
+    "verb",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +58,11 @@ threads_option = click.option(
     default=default_threads,
     show_default="the cores of this machine",
     help="Of the native engine.",
+)
+tokenizer_option = click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="tokenizer.json, or the model's Hugging Face directory, for a file that carries none.",
 )
 force_option = click.option("--force", "overwrite", is_flag=True, help="Replace an existing output.")
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from irq_export.cli.common import emit, force_option, json_option, progress, threads_option, verb
+from irq_export.cli.common import (
+    emit,
+    force_option,
+    json_option,
+    progress,
+    threads_option,
+    tokenizer_option,
+    verb,
+)
 
 __all__ = ["command"]
 
@@ -18,6 +26,7 @@ _PATH = click.Path(path_type=Path)
 @click.argument("text", type=_PATH)
 @click.option("--adapter", type=_PATH, help="Separate adapter file.")
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Its multiplier.")
+@tokenizer_option
 @click.option("--runtime", type=click.Choice(["native", "reference"]), default="native", show_default=True)
 @click.option(
     "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of native."
@@ -37,6 +46,7 @@ def command(
     text: Path,
     adapter: Path | None,
     adapter_scale: float,
+    tokenizer: Path | None,
     runtime: str,
     mode: str,
     threads: int,
@@ -59,6 +69,7 @@ def command(
             text=text,
             adapter=adapter,
             adapter_scale=adapter_scale,
+            tokenizer=tokenizer,
             runtime=runtime,
             mode=mode,
             threads=threads,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from irq_export.cli.common import console, emit, json_option, threads_option, verb
+from irq_export.cli.common import console, emit, json_option, threads_option, tokenizer_option, verb
 from irq_formats.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = ["command"]
 )
 @click.option("--adapter", type=click.Path(path_type=Path), help="Separate adapter file.")
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Its multiplier.")
+@tokenizer_option
 @click.option(
     "-n",
     "--max-tokens",
@@ -78,6 +79,7 @@ def command(
     file: TextIO | None,
     adapter: Path | None,
     adapter_scale: float,
+    tokenizer: Path | None,
     stop: tuple[str, ...],
     chat: bool,
     system: str | None,
@@ -101,6 +103,7 @@ def command(
         prompt=_read(file) if prompt is None else prompt,
         adapter=adapter,
         adapter_scale=adapter_scale,
+        tokenizer=tokenizer,
         stop=stop,
         chat=chat,
         system=system,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from irq_export.cli.common import console, emit, json_option, threads_option, verb
+from irq_export.cli.common import console, emit, json_option, threads_option, tokenizer_option, verb
 from irq_formats.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ _PATH = click.Path(path_type=Path)
 @click.argument("model", metavar="FILE", type=_PATH)
 @click.option("--adapter", type=_PATH, help="Separate adapter file.")
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Its multiplier.")
+@tokenizer_option
 @click.option(
     "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of the engine."
 )
@@ -49,6 +50,7 @@ def command(
     model: Path,
     adapter: Path | None,
     adapter_scale: float,
+    tokenizer: Path | None,
     mode: str,
     threads: int,
     context: int | None,
@@ -94,6 +96,7 @@ def command(
         model=model,
         adapter=adapter,
         adapter_scale=adapter_scale,
+        tokenizer=tokenizer,
         mode=mode,
         threads=threads,
         context=context,

@@ -59,6 +59,7 @@ def complete(
     prompt: str,
     adapter: str | Path | None = None,
     adapter_scale: float = 1.0,
+    tokenizer: str | Path | None = None,
     max_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -81,10 +82,11 @@ def complete(
     """Continue a prompt.
 
     Args:
-        model: GGUF of the irq or a stock profile, with a tokenizer; or the directory of a stock pair.
+        model: GGUF of the irq or a stock profile; or the directory of a stock pair.
         prompt: Text; with ``chat`` the message of the user.
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
+        tokenizer: ``tokenizer.json`` or Hugging Face directory, for a file without a tokenizer.
         max_tokens: Tokens at most; -1: until the text ends. It also ends where the context does.
         temperature: 0 is greedy.
         top_k: 0 keeps all.
@@ -113,9 +115,9 @@ def complete(
         raise UsageError("a system message belongs to a chat", hint="Ask for the chat template too")
     model, adapter = model_files(model, adapter)
     gguf = open_gguf(model)
-    tokenizer = load_tokenizer(gguf)
+    text_tokenizer = load_tokenizer(gguf, tokenizer)
     positions = check_context(read_config(gguf), context)
-    ids = _read_chat(tokenizer, prompt, system) if chat else _read_prompt(tokenizer, prompt)
+    ids = _read_chat(text_tokenizer, prompt, system) if chat else _read_prompt(text_tokenizer, prompt)
     if not ids:
         raise UsageError("the prompt is empty", hint="Give some text with -p")
     room = positions - len(ids)
@@ -131,7 +133,7 @@ def complete(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop_tokens=tokenizer.stop_tokens,
+        stop_tokens=text_tokenizer.stop_tokens,
     )
 
     def native() -> StepModel:
@@ -149,7 +151,7 @@ def complete(
         return load_model(model, adapter, adapter_scale).session(dtype)
 
     session = _open_session(runtime, native, reference, on_note or (lambda note: None))
-    stream = TextStream(tokenizer, ids, stop)
+    stream = TextStream(text_tokenizer, ids, stop)
     tokens: list[int] = []
     pieces: list[str] = []
     times = [time.perf_counter()]  # of the start, then of every token

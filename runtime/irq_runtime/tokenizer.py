@@ -1,20 +1,28 @@
 """The tokenizer a file carries: text to tokens and back, and the chat template.
 
 Our exporters store the Hugging Face ``tokenizer.json`` verbatim under ``tokenizer.huggingface.json``;
-the ``tokenizers`` library runs it. The chat template is rendered only when asked for.
+the ``tokenizers`` library runs it. Stock files of others have none: then it is a file of its own. The chat
+template is rendered only when asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import tokenizers
 
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.fields import Fields
+from irq_formats.files import open_fixed
 from irq_formats.gguf import GgufFile
+from irq_formats.hf_tokenizer import chat_templates, special_ids
+from irq_formats.strict_json import parse_object
 
 __all__ = ["Tokenizer", "load_tokenizer"]
+
+_JSON = "tokenizer.huggingface.json"
+_TEMPLATE = "tokenizer.chat_template"
 
 
 class Tokenizer:
@@ -47,7 +55,14 @@ class Tokenizer:
         Args:
             text: Any text; special tokens in it are recognised.
             add_special: Add what the tokenizer adds around a text (BOS).
+
+        Raises:
+            UsageError: The text holds half of a surrogate pair: it came from bytes that are not UTF-8.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("the text is not Unicode", got=error, hint="Is it UTF-8?") from error
         ids: list[int] = self._model.encode(text, add_special_tokens=add_special).ids
         if add_special and self._add_bos and self.bos is not None and ids[:1] != [self.bos]:
             return [self.bos, *ids]
@@ -98,31 +113,38 @@ class Tokenizer:
         return render_template(self.chat_template, {**given, **own})
 
 
-def load_tokenizer(gguf: GgufFile) -> Tokenizer:
+def load_tokenizer(gguf: GgufFile, source: str | Path | None = None) -> Tokenizer:
     """Return the tokenizer of a file.
 
+    Args:
+        gguf: The model.
+        source: A ``tokenizer.json`` for a file without one, as stock GGUFs are; or the model's Hugging Face
+            directory, which decides about special tokens and the chat template too, where it names any.
+
     Raises:
-        UsageError: The file is an adapter.
-        UnsupportedModel: The file carries no ``tokenizer.huggingface.json``.
+        UsageError: The file is an adapter, or ``source`` is not there or another model's.
+        UnsupportedModel: Neither the file nor ``source`` has a ``tokenizer.json``.
         MalformedFile: It is not a tokenizer, or an id is outside its vocabulary.
     """
     where = str(gguf.path)
-    fields = Fields(gguf.metadata, where)
-    if fields.string("general.type", "model") == "adapter":
+    if Fields(gguf.metadata, where).string("general.type", "model") == "adapter":
         raise UsageError("this file is an adapter, not a model", where=where, hint="Give it as --adapter")
-    if not fields.has("tokenizer.huggingface.json"):
+    given = {} if source is None else _read_source(Path(source))
+    fields = Fields({**gguf.metadata, **given}, where if source is None else str(source))
+    if not fields.has(_JSON):
         raise UnsupportedModel(
             "the file carries no Hugging Face tokenizer",
             where=where,
-            expected="the key tokenizer.huggingface.json",
-            hint="Put a tokenizer.json into the checkpoint and export it again",
+            expected=f"the key {_JSON}",
+            hint="Give run, serve or perplexity the model's tokenizer.json or its Hugging Face directory as "
+            "--tokenizer; or put a tokenizer.json into the checkpoint and export it again",
         )
     try:
-        model = tokenizers.Tokenizer.from_str(fields.string("tokenizer.huggingface.json"))
+        model = tokenizers.Tokenizer.from_str(fields.string(_JSON))
     except Exception as error:  # the library raises bare Exception
-        raise MalformedFile(
-            "not a tokenizer", where=f"{where}: tokenizer.huggingface.json", got=error
-        ) from error
+        raise MalformedFile("not a tokenizer", where=f"{fields.where}: {_JSON}", got=error) from error
+    if source is not None:
+        _check_same_tokens(model, fields)
     model.no_truncation()
     model.no_padding()
     ids = {
@@ -130,14 +152,41 @@ def load_tokenizer(gguf: GgufFile) -> Tokenizer:
         for kind in ("bos", "eos", "eot", "eom")
     }
     stops = dict.fromkeys(ids[kind] for kind in ("eos", "eot", "eom"))
-    template = "tokenizer.chat_template"
     return Tokenizer(
         model,
         bos=ids["bos"],
         stop_tokens=tuple(token for token in stops if token is not None),
         add_bos=fields.boolean("tokenizer.ggml.add_bos_token", False),
-        chat_template=fields.string(template) if fields.has(template) else None,
+        chat_template=fields.string(_TEMPLATE) if fields.has(_TEMPLATE) else None,
     )
+
+
+def _read_source(path: Path) -> dict[str, object]:
+    """Return what a ``tokenizer.json`` or a Hugging Face directory says, as metadata of a GGUF."""
+    file = open_fixed(path / "tokenizer.json" if path.is_dir() else path)
+    data = file.read_bytes(0, file.size)
+    document = parse_object(data, where=file.path)
+    values: dict[str, object] = {_JSON: data.decode()}
+    if path.is_dir():
+        values |= {f"tokenizer.ggml.{key}": token for key, token in special_ids(path, document).items()}
+        if "default" in (templates := chat_templates(path)):
+            values[_TEMPLATE] = templates["default"]
+    return values
+
+
+def _check_same_tokens(model: tokenizers.Tokenizer, fields: Fields) -> None:
+    """Refuse a tokenizer most of whose tokens the file, if it lists any, writes otherwise."""
+    if not fields.has("tokenizer.ggml.tokens"):
+        return
+    tokens = fields.strings("tokenizer.ggml.tokens")
+    same = sum(model.id_to_token(token) == text for token, text in enumerate(tokens))
+    if 2 * same < model.get_vocab_size():
+        raise UsageError(
+            "the tokenizer is another model's",
+            where=fields.where,
+            expected=f"the {len(tokens)} tokens that the file lists",
+            got=f"{same} of them",
+        )
 
 
 def _token_id(fields: Fields, key: str, size: int) -> int | None:

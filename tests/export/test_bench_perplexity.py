@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from irq_export.cli import main
@@ -87,6 +88,22 @@ def test_divergence_from_saved_logits(folder: Path, tmp_path: Path) -> None:
     for runtime in ("native", "reference"):
         with pytest.raises(UsageError, match="no such context"):
             perplexity(model=folder / "m.gguf", text=folder / "text.txt", context=513, runtime=runtime)
+
+
+def test_what_is_no_text_and_no_saved_logits(folder: Path, tmp_path: Path) -> None:
+    options = {"model": folder / "m.gguf", "context": CONTEXT, "windows": 2}
+    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1") * 500)
+    with pytest.raises(UsageError, match="UTF-8"):
+        perplexity(text=tmp_path / "latin1.txt", **options)
+    options["text"] = folder / "text.txt"
+    perplexity(save_logits=tmp_path / "good", **options)
+    saved = load_file(tmp_path / "good")
+    wide = {n: a if n == "tokens" else np.pad(a, ((0, 0), (0, 8))) for n, a in saved.items()}
+    few = {n: a for n, a in saved.items() if n != "logits.1"}
+    for name, tensors in {"wide": wide, "few": few}.items():
+        save_file(tensors, tmp_path / name, metadata={"irq.kind": "logits"})
+        with pytest.raises(MalformedFile, match="another vocabulary"):
+            perplexity(kl_against=tmp_path / name, **options)
 
 
 def test_bench(folder: Path) -> None:

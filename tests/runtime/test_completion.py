@@ -251,6 +251,7 @@ class TestCommand:
             (["nowhere.gguf", "-p", "x"], 2),
             (["FILE", "-p", "x", "--top-p", "2"], 2),
             (["FILE", "-p", "x", "--chat"], 2),
+            (["FILE", "-p", "\udcff"], 2),  # what Python makes of an argument that is not UTF-8
             (["FILE", "-p", "x", "-n", "-2"], 2),
             (["FILE", "-p", "x", "-c", "513"], 2),
             (["FILE"], 2),

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
-from irq_export.export.gguf.special_tokens import read_json, special_ids
 from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.files import open_fixed
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
+from irq_formats.hf_tokenizer import chat_templates, special_ids
 from irq_formats.strict_json import parse_object
 
 __all__ = ["TokenizerMetadata", "read_tokenizer"]
@@ -66,7 +66,6 @@ def read_tokenizer(
     file = open_fixed(path)
     text = file.read_bytes(0, file.size)
     tokenizer = parse_object(text, where=path)
-    config = read_json(directory / "tokenizer_config.json")
     values: dict[str, GgufValue] = {}
     notes: list[str] = []
     special = special_ids(directory, tokenizer)
@@ -81,7 +80,7 @@ def read_tokenizer(
     if pre_tokenizer is not None:
         notes.append(f"pre-tokenizer {pre_tokenizer} as given: irq-export verify shows if llama.cpp agrees")
     values |= {f"tokenizer.ggml.{key}": U32(token_id) for key, token_id in special.items()}
-    values |= _template_values(directory, config)
+    values |= _template_values(directory)
     values["tokenizer.huggingface.json"] = STR(text.decode("utf-8"))
     return TokenizerMetadata(values, notes)
 
@@ -203,27 +202,9 @@ def _adds_space_prefix(tokenizer: Mapping[str, object], path: Path) -> bool:
     return any(step.get("prepend_scheme", "always") != "never" for step in steps)
 
 
-def _named_templates(entries: object, where: Path) -> dict[str, str]:
-    """Read a list of ``{"name": ..., "template": ...}``."""
-    found = {}
-    for entry in entries if isinstance(entries, list) else []:
-        fields = entry if isinstance(entry, Mapping) else {}
-        name, template = fields.get("name"), fields.get("template")
-        if not isinstance(name, str) or not isinstance(template, str):
-            raise MalformedFile(
-                "not a chat template", where=where, expected="a name and a template", got=repr(entry)[:80]
-            )
-        found[name] = template
-    return found
-
-
-def _template_values(directory: Path, config: Mapping[str, object]) -> dict[str, GgufValue]:
-    """Return the chat templates: a file of their own, one string, or a list of named ones."""
-    path = directory / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-    if isinstance(template, str):
-        return {"tokenizer.chat_template": STR(template)}
-    named = _named_templates(template, directory / "tokenizer_config.json")
+def _template_values(directory: Path) -> dict[str, GgufValue]:
+    """Return the chat templates: the default one, and the names and texts of others."""
+    named = chat_templates(directory)
     values = {}
     if "default" in named:
         values["tokenizer.chat_template"] = STR(named.pop("default"))

@@ -17,8 +17,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from irq_export.export.gguf.special_tokens import added_tokens
 from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.hf_tokenizer import added_tokens
 
 __all__ = ["TokenType", "Vocabulary", "read_vocabulary"]
 

@@ -63,18 +63,20 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def open_service(engine: Engine, model: str | Path, options: ServeOptions) -> Service:
-    """Return the service of an open engine and its file's tokenizer.
+def open_service(
+    engine: Engine, model: str | Path, options: ServeOptions, tokenizer: str | Path | None = None
+) -> Service:
+    """Return the service of an open engine and its tokenizer: the file's, unless another is given.
 
     Raises:
         UnsupportedModel: The file carries no tokenizer.
-        MalformedFile: Its tokenizer is broken.
+        MalformedFile: The tokenizer is broken.
     """
-    tokenizer = load_tokenizer(open_gguf(model))
+    text_tokenizer = load_tokenizer(open_gguf(model), tokenizer)
     scheduler = Scheduler(
-        engine, tokenizer, sequences=options.sequences, queue=options.queue, chunk=options.chunk
+        engine, text_tokenizer, sequences=options.sequences, queue=options.queue, chunk=options.chunk
     )
-    return Service(options, tokenizer, scheduler, engine.info.vocab_size, engine.info.context)
+    return Service(options, text_tokenizer, scheduler, engine.info.vocab_size, engine.info.context)
 
 
 def serve(
@@ -82,8 +84,9 @@ def serve(
     model: str | Path,
     adapter: str | Path | None = None,
     adapter_scale: float = 1.0,
+    tokenizer: str | Path | None = None,
     mode: str = "exact",
-    threads: int = 2,
+    threads: int | None = None,
     context: int | None = None,
     half_cache: bool = False,
     options: ServeOptions,
@@ -92,11 +95,12 @@ def serve(
     """Serve a model until SIGTERM or SIGINT; then running requests may end within ``options.grace_s``.
 
     Args:
-        model: GGUF of the irq or a stock profile, with a tokenizer; or the directory of a stock pair.
+        model: GGUF of the irq or a stock profile; or the directory of a stock pair.
         adapter: Separate adapter file.
         adapter_scale: Its multiplier.
+        tokenizer: ``tokenizer.json`` or Hugging Face directory, for a file without a tokenizer.
         mode: ``exact`` or ``fast``.
-        threads: Of the engine.
+        threads: Of the engine; None: the cores of this machine.
         context: Positions of a text; None: the model's own, 4096 at most.
         half_cache: Keep keys and values in fp16.
         options: Address, secret and limits.
@@ -112,7 +116,7 @@ def serve(
             model, adapter, adapter_scale, threads=threads, mode=mode, context=context, half_cache=half_cache
         )
         options = replace(options, port=listener.getsockname()[1])
-        service = open_service(engine, model, options)
+        service = open_service(engine, model, options, tokenizer)
         config = uvicorn.Config(
             create_app(service),
             access_log=False,

@@ -1,4 +1,4 @@
-"""Which tokens begin, end, pad: ids from the files of a Hugging Face tokenizer, under GGUF's names."""
+"""What the files of a Hugging Face tokenizer say beside its vocabulary: special tokens and chat templates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from irq_formats.errors import MalformedFile
 from irq_formats.files import open_fixed
 from irq_formats.strict_json import parse_object
 
-__all__ = ["AddedToken", "added_tokens", "read_json", "special_ids"]
+__all__ = ["AddedToken", "added_tokens", "chat_templates", "special_ids"]
 
 #: Names of a special token: in tokenizer_config.json, and in GGUF.
 _SPECIAL = {
@@ -33,12 +33,41 @@ class AddedToken:
     is_special: bool
 
 
-def read_json(path: Path) -> dict[str, object]:
+def _read_json(path: Path) -> dict[str, object]:
     """Read a JSON object, ``{}`` if there is no such file."""
     if not path.is_file():
         return {}
     file = open_fixed(path)
     return parse_object(file.read_bytes(0, file.size), where=path)
+
+
+def chat_templates(directory: Path) -> dict[str, str]:
+    """Return the chat templates of a Hugging Face directory by name; a single one is ``default``.
+
+    They are in a file of their own, or in ``tokenizer_config.json`` as one string or a list of named ones.
+
+    Raises:
+        MalformedFile: An entry of the list is no template.
+    """
+    path, config_path = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if path.is_file():
+        return {"default": path.read_text(encoding="utf-8")}
+    template = _read_json(config_path).get("chat_template")
+    if isinstance(template, str):
+        return {"default": template}
+    found = {}
+    for entry in template if isinstance(template, list) else []:
+        fields = entry if isinstance(entry, Mapping) else {}
+        name, text = fields.get("name"), fields.get("template")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise MalformedFile(
+                "not a chat template",
+                where=config_path,
+                expected="a name and a template",
+                got=repr(entry)[:80],
+            )
+        found[name] = text
+    return found
 
 
 def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, int]:
@@ -54,9 +83,9 @@ def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, i
     Raises:
         MalformedFile: A named token is not in the vocabulary, or the file has another structure.
     """
-    config = read_json(directory / "tokenizer_config.json")
-    model = read_json(directory / "config.json")
-    generation = read_json(directory / "generation_config.json")
+    config = _read_json(directory / "tokenizer_config.json")
+    model = _read_json(directory / "config.json")
+    generation = _read_json(directory / "generation_config.json")
     ids = _ids(tokenizer, directory / "tokenizer.json")
     known = set(ids.values())
     found: dict[str, int] = {}
