@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
+import onnx
 from onnx_cases import (
     MARKER,
     K,
@@ -88,6 +89,24 @@ def test_kernel_wins_over_function_body() -> None:
     expected, bound = product_and_bound(NF4, a)
     assert (without == MARKER).all()
     assert (np.abs(with_library - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("version", [2, 7, 1000])
+def test_the_version_of_the_domain_is_not_seen(version: int) -> None:
+    """Why spec/irq-onnx.md, section 6, gives changed operators new names: a kernel runs for any version."""
+    proto = onnx.load_model_from_string(model(NF4))
+    next(entry for entry in proto.opset_import if entry.domain == "irq").version = version
+    a = inputs(3)
+    (y,) = session(proto.SerializeToString()).run(None, {"A": a})
+    expected, bound = product_and_bound(NF4, a)
+    assert (np.abs(y - expected) <= bound).all()
+
+
+def test_an_operator_of_another_name_is_left_to_its_body() -> None:
+    proto = onnx.load_model_from_string(model(NF4))
+    proto.graph.node[0].op_type = proto.functions[0].name = "MatMulBlocksNF4v2"
+    (y,) = session(proto.SerializeToString()).run(None, {"A": inputs(3)})
+    assert (y == MARKER).all()
 
 
 def test_scale_and_tau_may_be_computed() -> None:
