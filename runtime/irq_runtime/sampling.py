@@ -23,7 +23,7 @@ FloatArray = NDArray[np.floating]
 #: How many tokens top-p sorts at first: most distributions reach it with fewer.
 _FEW = 1024
 
-#: Tokens of a prompt read at a time: Ctrl-C acts in between. The native engine's own batch, so that bits stay.
+#: Prompt tokens read at a time, so that Ctrl-C acts soon: the native engine's own batch, which keeps bits.
 _PIECE = 256
 
 

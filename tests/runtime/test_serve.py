@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from irq_formats.gguf import open_gguf
 from irq_runtime.completion import complete
-from tests.serving import CHUNK, LONG, PROMPT, events_of, post, text_of
+from irq_runtime.tokenizer import Tokenizer, load_tokenizer
+from tests.serving import CHUNK, LONG, PROMPT, Json, client_of, events_of, post, text_of
+
+JSON = {"content-type": "application/json"}
 
 
 class TestCompletions:
@@ -54,6 +60,58 @@ class TestCompletions:
         options = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.1}
         expected = complete(model=demo, prompt=PROMPT, max_tokens=24, seed=3, **options)
         assert text_of(client, max_tokens=24, seed=3, **options) == expected.text
+
+    def test_penalties_and_bias(self, client: httpx.Client, demo: Path) -> None:
+        """Of generated tokens; bias names tokens by what the tokenizer calls them."""
+        tokenizer = load_tokenizer(open_gguf(demo))
+        plain = text_of(client, max_tokens=60, temperature=0)
+        first = tokenizer.encode(PROMPT + plain)[len(tokenizer.encode(PROMPT))]
+
+        def run(**fields: Any) -> str:
+            return text_of(client, max_tokens=60, temperature=0, **fields)
+
+        assert run(frequency_penalty=0, presence_penalty=0, logit_bias={}) == plain
+        assert len({plain, run(frequency_penalty=1.5), run(presence_penalty=1.5)}) == 3
+        assert run(repeat_penalty=1.3) == run(repetition_penalty=1.3) != plain
+        assert run(logit_bias={str(first): -100})[:3] != plain[:3]
+        assert run(logit_bias={"5": 100}) == tokenizer.decode([5] * 60)
+
+    @pytest.mark.parametrize("limit", [{"max_tokens": -1}, {"n_predict": -1}])
+    def test_the_rest_of_the_context(self, client: httpx.Client, limit: Json) -> None:
+        usage = post(client, prompt=LONG, temperature=0, ignore_eos=True, **limit)["usage"]
+        assert usage["total_tokens"] == 512
+
+    def test_limits(self, client: httpx.Client) -> None:
+        for names, count in (
+            ({}, 16),
+            ({"max_tokens": None}, 16),
+            ({"max_tokens": 0}, 0),
+            ({"n_predict": 3}, 3),
+            ({"max_tokens": 9, "max_completion_tokens": 4}, 4),
+        ):
+            reply = post(client, prompt=PROMPT, ignore_eos=True, **names)
+            assert reply["usage"]["completion_tokens"] == count
+            assert reply["choices"][0]["finish_reason"] == "length"
+        assert post(client, prompt=PROMPT, max_tokens=0)["choices"][0]["text"] == ""
+
+    def test_ignored_end(self, client: httpx.Client, demo: Path) -> None:
+        """The end is a token like others then."""
+        end = load_tokenizer(open_gguf(demo)).stop_tokens[0]
+        forced = {"prompt": PROMPT, "max_tokens": 5, "logit_bias": {str(end): 100}}
+        assert post(client, **forced)["usage"]["completion_tokens"] == 0
+        reply = post(client, **forced, ignore_eos=True)
+        assert (reply["usage"]["completion_tokens"], reply["choices"][0]["finish_reason"]) == (5, "length")
+
+    def test_fields_without_effect(self, client: httpx.Client) -> None:
+        fields = {
+            "user": "me",
+            "best_of": 1,
+            "suffix": None,
+            "cache_prompt": True,
+            "tools": [],
+            "grammar": "",
+        }
+        assert text_of(client, temperature=0, **fields) == text_of(client, temperature=0)
 
     def test_copies_count_their_prompt_once(self, client: httpx.Client) -> None:
         reply = post(client, prompt=PROMPT, max_tokens=8, temperature=1.5, seed=0, n=3, stop=None)
@@ -107,6 +165,25 @@ class TestChat:
         streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
         assert [entry for part in streamed if part for entry in part["content"]] == entries
 
+    def test_variables_of_the_template(self, demo: Path) -> None:
+        def change(tokenizer: Tokenizer) -> None:
+            tokenizer.chat_template = "{{ 'Once upon a time' if enable_thinking else messages[0].content }}"
+
+        encode = load_tokenizer(open_gguf(demo)).encode
+        messages = [{"role": "user", "content": "The little dog"}]
+        options = {"temperature": 0, "max_tokens": 9}
+        with client_of(demo, change) as client:
+            for value, text in ((True, PROMPT), (False, "The little dog")):
+                variables = {"enable_thinking": value}
+                body = {"messages": messages, "chat_template_kwargs": variables, **options}
+                reply = post(client, "chat/completions", **body)
+                expected = text_of(client, prompt=encode(text, add_special=False), **options)
+                assert reply["choices"][0]["message"]["content"] == expected
+            for wrong in ({"messages": []}, {"x": "\ud800"}):
+                body = json.dumps({"messages": messages, "chat_template_kwargs": wrong})
+                reply = client.post("/v1/chat/completions", content=body, headers=JSON)
+                assert reply.status_code == 400
+
     def test_defaults_to_the_rest_of_the_context(self, client: httpx.Client) -> None:
         reply = post(client, "chat/completions", messages=self.MESSAGES, temperature=0)
         assert reply["usage"]["total_tokens"] == 512 or reply["choices"][0]["finish_reason"] == "stop"
@@ -115,13 +192,8 @@ class TestChat:
 class TestStreams:
     @pytest.mark.parametrize("path", ["completions", "chat/completions"])
     def test_equal_whole_replies(self, client: httpx.Client, path: str) -> None:
-        body = {
-            "prompt": PROMPT,
-            "messages": TestChat.MESSAGES,
-            "max_tokens": 40,
-            "temperature": 0.8,
-            "seed": 5,
-        }
+        prompt = {"prompt": PROMPT} if path == "completions" else {"messages": TestChat.MESSAGES}
+        body = {**prompt, "max_tokens": 40, "temperature": 0.8, "seed": 5}
         whole = post(client, path, **body)
         chunks = events_of(client, path, **body, stream_options={"include_usage": True})
         *parts, usage = chunks

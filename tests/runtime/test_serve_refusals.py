@@ -37,7 +37,16 @@ BAD_BODIES: dict[str, tuple[str | bytes, str]] = {
     "temperature": ('{"prompt": "x", "temperature": -1}', "temperature"),
     "top_p": ('{"prompt": "x", "top_p": 0}', "top_p"),
     "penalty": ('{"prompt": "x", "repetition_penalty": 1e-300}', "repetition_penalty"),
-    "no tokens": ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
+    "less than no tokens": ('{"prompt": "x", "max_tokens": -2}', "max_tokens"),
+    "frequency": ('{"prompt": "x", "frequency_penalty": 3}', "frequency_penalty"),
+    "bias": ('{"prompt": "x", "logit_bias": {"5": 101}}', "logit_bias"),
+    "bias of a word": ('{"prompt": "x", "logit_bias": {"a": 1}}', "logit_bias"),
+    "bias of half a character": ('{"prompt": "x", "logit_bias": {"\\ud800": 1}}', "logit_bias"),
+    "bias of an unknown token": ('{"prompt": "x", "logit_bias": {"1024": 1}}', "no such token"),
+    "many biases": (json.dumps({"prompt": "x", "logit_bias": dict.fromkeys(range(2000), 1)}), "at most 1024"),
+    "messages": ('{"prompt": "x", "messages": []}', "messages is not supported"),
+    "grammar": ('{"prompt": "x", "grammar": "root ::= x"}', "grammar is not supported"),
+    "what nobody knows": ('{"prompt": "x", "n_keep\\ud800": 0}', "n_keep\\ud800 is not supported"),
     "copies": ('{"prompt": "x", "n": 1000}', "n: "),
     "long stop": ('{"prompt": "x", "stop": "' + "x" * 300 + '"}', "stop"),
     "tools": ('{"prompt": "x", "tools": [{}]}', "tools is not supported"),
@@ -67,7 +76,13 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         "messages",
-        [[], [{}], [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}], "hello"],
+        [
+            [],
+            [{}],
+            [{"role": "user", "content": "x", "tool_calls": [{}]}],
+            [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}],
+            "hello",
+        ],
         ids=str,
     )
     def test_bad_messages(self, client: httpx.Client, messages: object) -> None:

@@ -111,7 +111,8 @@ def error_body(error: IrqError) -> Json:
 def error_response(error: Exception) -> JSONResponse:
     """Return the reply to a request that failed."""
     if not isinstance(error, IrqError):
-        return JSONResponse(error_document(500, "internal error"), 500)
+        closing = {"Connection": "close"}  # as uvicorn does when the application raises
+        return JSONResponse(error_document(500, "internal error"), 500, closing)
     status = _STATUS.get(type(error), 500)
     headers = {429: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
     return JSONResponse(error_body(error), status, headers)

@@ -99,8 +99,10 @@ class Job:
         Raises:
             MalformedFile: The logits are not numbers.
         """
-        params = self._generation.params
-        token = sample(logits, params, self._rng, self._seen)
+        params, prompt = self._generation.params, self._generation.prompt
+        if params.max_tokens == 0:
+            return self._finish("length")
+        token = sample(logits, params, self._rng, self._seen, len(prompt))
         if token in params.stop_tokens:
             return self._finish("stop")
         self._tokens += 1

@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from irq_runtime.sampling import SamplingParams
 
 __all__ = ["ChatRequest", "CompletionRequest", "Request"]
 
-#: Fields that would change the reply, which this server cannot do, and their values that ask for nothing.
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+#: Fields that this server cannot do, and their values that ask for nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "functions": ([],),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "min_tokens": (0,),
+    "typical_p": (1,),
+    "mirostat": (0,),
+    "grammar": ("",),
+}
+
+#: Fields that change no reply, whatever they say.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_prompt",
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+
+#: Other names of fields: llama.cpp's, and OpenAI's newer one.
+_ALIASES = {
+    "max_completion_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
 }
 
 
@@ -31,10 +55,25 @@ def _whole_text(text: str) -> str:
     return text
 
 
+def _few(values: Any) -> Any:
+    if isinstance(values, dict) and len(values) > _MOST_BIASES:  # before all their faults are listed
+        raise PydanticCustomError("too_many", "at most {most} tokens", {"most": _MOST_BIASES})
+    return values
+
+
+def _whole_values(values: dict[str, Any]) -> dict[str, Any]:
+    _whole_text(json.dumps(values, ensure_ascii=False))
+    return values
+
+
 _Text = Annotated[str, AfterValidator(_whole_text)]
 _Stop = Annotated[_Text, Field(max_length=256)]
+_Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 _FIRST_FAULT = Field(fail_fast=True)  # a list of all faults takes seconds
 _Tokens = Annotated[list[Annotated[int, Field(strict=True)]], _FIRST_FAULT]
+
+_MOST_BIASES = 1024
 
 #: Below, a temperature is greedy: dividing by it would overflow.
 _GREEDY_BELOW = 1e-5
@@ -47,16 +86,21 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """Fields of both endpoints; null means the default, unknown fields are ignored."""
+    """Fields of both endpoints; null means the default, and a field that is not known is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: _Text | None = None
+    max_tokens: int = Field(-1, ge=-1)  # -1: what the context holds
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=1 << 31)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.1, le=10)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Annotated[dict[_Token, _Bias], BeforeValidator(_few)] = {}
+    ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
     n: int = Field(1, ge=1, le=16)
@@ -68,10 +112,15 @@ class Request(BaseModel):
     def _known(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = {name: value for name, value in data.items() if value is not None}
-        for name, neutral in _UNSUPPORTED.items():
-            if name in given and given[name] not in neutral:
-                raise PydanticCustomError("unsupported", "{name} is not supported", {"name": name})
+        given = {
+            name: value for name, value in data.items() if value is not None and name not in _WITHOUT_EFFECT
+        }
+        for name in _ALIASES.keys() & given:
+            given[_ALIASES[name]] = given.pop(name)
+        for name in given.keys() - cls.model_fields.keys():
+            if given.pop(name) not in _NEUTRAL.get(name, ()):
+                shown = name[:64].encode("ascii", "backslashreplace").decode()
+                raise PydanticCustomError("unsupported", "{name} is not supported", {"name": shown})
         return given
 
     @property
@@ -84,17 +133,20 @@ class Request(BaseModel):
         """Whether a stream ends with its token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int, seed: int, stop_tokens: tuple[int, ...]) -> SamplingParams:
-        """Return the sampler's parameters."""
+    def sampling(self, room: int, seed: int, stop_tokens: tuple[int, ...]) -> SamplingParams:
+        """Return the sampler's parameters, for a context that has room for so many more tokens."""
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=room if self.max_tokens < 0 else min(self.max_tokens, room),
             temperature=self.temperature if self.temperature >= _GREEDY_BELOW else 0.0,
             top_k=max(self.top_k, 0),
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
             seed=seed,
-            stop_tokens=stop_tokens,
+            stop_tokens=() if self.ignore_eos else stop_tokens,
         )
 
 
@@ -102,7 +154,7 @@ class CompletionRequest(Request):
     """Body of ``/v1/completions``."""
 
     prompt: _Text | _Tokens | Annotated[list[_Text], _FIRST_FAULT] | Annotated[list[_Tokens], _FIRST_FAULT]
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=-1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
@@ -122,10 +174,11 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation; what else it says of itself is not shown to the template."""
 
     role: _Text = Field(min_length=1, max_length=64)
     content: _Text | Annotated[list[TextPart], _FIRST_FAULT] | None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
 
     @property
     def text(self) -> str:
@@ -141,7 +194,6 @@ class ChatRequest(Request):
     """Body of ``/v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_whole_values)] = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from irq_formats.errors import UsageError
@@ -47,7 +48,7 @@ class Service:
         if len(request.prompts) * request.n > most:
             raise UsageError("too many texts", expected=f"at most {most}", hint="Send several requests")
         prompts = [self._tokens(prompt) for prompt in request.prompts]
-        return self._generations(request, prompts, request.max_tokens, request.logprobs)
+        return self._generations(request, prompts, request.logprobs)
 
     def chat(self, request: ChatRequest) -> list[Generation]:
         """Return what a chat asks for, ``n`` generations.
@@ -62,11 +63,10 @@ class Service:
         if self.tokenizer.chat_template is None:
             raise UsageError("the model has no chat template", hint="Use /v1/completions")
         messages = [{"role": message.role, "content": message.text} for message in request.messages]
-        prompt = self.tokenizer.encode(self.tokenizer.render_chat(messages), add_special=False)
-        max_tokens = request.max_completion_tokens or request.max_tokens or self.context
-        return self._generations(
-            request, [prompt], max_tokens, request.top_logprobs if request.logprobs else None
+        prompt = self.tokenizer.encode(
+            self.tokenizer.render_chat(messages, variables=request.chat_template_kwargs), add_special=False
         )
+        return self._generations(request, [prompt], request.top_logprobs if request.logprobs else None)
 
     def check_model(self, asked: str | None) -> None:
         """Raise NoSuchModel if another model than the served one is asked for."""
@@ -80,29 +80,26 @@ class Service:
         return prompt
 
     def _generations(
-        self, request: Request, prompts: list[list[int]], max_tokens: int, logprobs: int | None
+        self, request: Request, prompts: list[list[int]], logprobs: int | None
     ) -> list[Generation]:
         limit = min(self.options.max_prompt or self.context, self.context - 1)
+        if not prompts:
+            raise UsageError("no prompt")
         for prompt in prompts:
             if not prompt:
                 raise UsageError("the prompt is empty")
-            for token in (min(prompt), max(prompt)):  # of texts too: a tokenizer may know more than the model
-                if not 0 <= token < self.vocab_size:
-                    raise UsageError("no such token", expected=f"0 to {self.vocab_size - 1}", got=token)
+            self._check_tokens(prompt)  # of texts too: a tokenizer may know more than the model
             if len(prompt) > limit:
                 raise PromptTooLong(
                     "the prompt is too long", expected=f"at most {limit} tokens", got=len(prompt)
                 )
-        if not prompts:
-            raise UsageError("no prompt")
+        self._check_tokens(request.logit_bias)
         first = secrets.randbits(32) if request.seed is None else request.seed
         return [
             Generation(
                 tuple(prompt),
                 request.sampling(
-                    min(max_tokens, self.context - len(prompt)),
-                    (first + copy) % (1 << 64),
-                    self.tokenizer.stop_tokens,
+                    self.context - len(prompt), (first + copy) % (1 << 64), self.tokenizer.stop_tokens
                 ),
                 request.stop_strings,
                 logprobs,
@@ -110,3 +107,8 @@ class Service:
             for prompt in prompts
             for copy in range(request.n)
         ]
+
+    def _check_tokens(self, tokens: Collection[int]) -> None:
+        for token in (min(tokens, default=0), max(tokens, default=0)):
+            if not 0 <= token < self.vocab_size:
+                raise UsageError("no such token", expected=f"0 to {self.vocab_size - 1}", got=token)
