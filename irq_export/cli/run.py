@@ -40,7 +40,25 @@ __all__ = ["command"]
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep this much probability.")
 @click.option("--min-p", type=float, default=0.0, show_default=True, help="Drop below min-p x the likeliest.")
 @click.option(
-    "--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1 avoids repeats."
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1 avoids tokens seen, those of the prompt too.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Above 0 avoids generated tokens, each time more.",
+)
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Above 0 avoids generated tokens.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampler.")
 @click.option("--stop", multiple=True, help="End before this text; may be given again.")

@@ -66,6 +66,8 @@ def complete(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
     seed: int = 0,
     stop: Sequence[str] = (),
     chat: bool = False,
@@ -92,7 +94,9 @@ def complete(
         top_k: 0 keeps all.
         top_p: 1 keeps all.
         min_p: 0 keeps all.
-        repetition_penalty: 1 is off.
+        repetition_penalty: Of tokens seen, the prompt's too; 1 is off.
+        frequency_penalty: Of generated tokens, each time; 0 is off.
+        presence_penalty: Of generated tokens, once; 0 is off.
         seed: Of the sampler.
         stop: Strings that end the text.
         chat: Render the prompt with the file's chat template.
@@ -132,6 +136,8 @@ def complete(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
         seed=seed,
         stop_tokens=text_tokenizer.stop_tokens,
     )

@@ -182,6 +182,18 @@ class TestContext:
             complete(**{"model": stories_gguf, "prompt": PROMPT, "runtime": "reference", **options})
 
 
+@pytest.mark.parametrize("option", ["--repetition-penalty", "--frequency-penalty", "--presence-penalty"])
+def test_penalties(option: str, stories_gguf: Path) -> None:
+    """So strong a penalty lets no token come again; without one they do."""
+    command = ["run", str(stories_gguf), "-p", PROMPT, "-n", "60", "--json"]
+    plain, penalised = (
+        json.loads(CliRunner().invoke(main, [*command, *more]).stdout)["tokens"]
+        for more in ([], [option, "90"])
+    )
+    assert len(set(plain)) < 60
+    assert len(set(penalised)) == len(penalised) > 20
+
+
 def test_half_cache(stories_gguf: Path) -> None:
     texts = {complete(model=stories_gguf, prompt=PROMPT, half_cache=half).text[:70] for half in (False, True)}
     assert texts == {OPENING[:70]}
