@@ -56,9 +56,15 @@ class TextStream:
         return self._release(fresh, final=True)
 
     def _fresh(self) -> str:
-        """Return the text that the tokens after the taken ones add."""
+        """Return the text that the tokens after the taken ones add.
+
+        Where those end within a character, which only a prompt of tokens can, it is the whole character.
+        """
         before = self._tokenizer.decode(self._ids[: self._taken])
-        return self._tokenizer.decode(self._ids)[len(before) :]
+        text = self._tokenizer.decode(self._ids)
+        while before.endswith(_REPLACEMENT) and not text.startswith(before):
+            before = before[:-1]
+        return text[len(before) :]
 
     def _release(self, fresh: str, *, final: bool) -> str:
         text = self._held + fresh

@@ -120,6 +120,26 @@ class TestStream:
         rest = tokenizer.encode("Once upon a")[len(prompt) :]
         assert "".join(stream.push(token) for token in rest) + stream.finish() == " upon a"
 
+    @pytest.mark.parametrize(("cut", "expected"), [(0, "字x"), (1, "字x"), (2, "字x"), (3, "x"), (4, "")])
+    def test_a_character_begun_in_the_prompt(self, cut: int, expected: str) -> None:
+        tokenizer = Tokenizer(byte_level())
+        ids = tokenizer.encode("字x")
+        stream = TextStream(tokenizer, ids[:cut])
+        assert "".join(stream.push(token) for token in ids[cut:]) + stream.finish() == expected
+
+    def test_a_character_begun_after_one_that_is_broken(self) -> None:
+        tokenizer = Tokenizer(byte_level())
+        ids = tokenizer.encode("\ufffd字")
+        stream = TextStream(tokenizer, ids[:-1])
+        assert stream.push(ids[-1]) == "字"
+
+    def test_what_never_becomes_a_character_is_the_prompt_s(self) -> None:
+        tokenizer = Tokenizer(byte_level())
+        ids = tokenizer.encode("a字")[:-1]
+        for prompt in (ids, tokenizer.encode("a\ufffd")):
+            stream = TextStream(tokenizer, prompt)
+            assert [stream.push(token) for token in tokenizer.encode("xy")] == ["x", "y"]
+
     def test_unfinished_character_at_the_end(self) -> None:
         tokenizer = Tokenizer(byte_level())
         stream = TextStream(tokenizer)
