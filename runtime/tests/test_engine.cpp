@@ -58,6 +58,10 @@ void test_c_interface(const std::string &model) {
     require(irq_open(nullptr, nullptr, &engine) == IRQ_USAGE, "null path");
     if (model.empty()) return;
     irq_options options = irq_default_options();
+    options.context = 129;
+    require(irq_open(model.c_str(), &options, &engine) == IRQ_USAGE && engine == nullptr, "more than the model's 128");
+    options.context = SIZE_MAX;
+    require(irq_open(model.c_str(), &options, &engine) == IRQ_USAGE && engine == nullptr, "more than there is");
     options.threads = 3;
     options.context = 40;
     require(irq_open(model.c_str(), &options, &engine) == IRQ_OK, irq_last_error());
@@ -89,7 +93,7 @@ void test_foreign_sequences(const std::string &model) {
     irq::EngineOptions options;
     options.context = 8;
     auto engine = std::make_unique<irq::Engine>(model, options);
-    options.context = 200;
+    options.context = 128;
     irq::Engine other(model, options);
     std::vector<float> logits(static_cast<std::size_t>(other.model().config().vocab_size));
     const auto refuses = [&](irq::Sequence *sequence, const char *what) {
@@ -104,7 +108,7 @@ void test_foreign_sequences(const std::string &model) {
         require(false, what);
     };
     const auto longer = other.new_sequence();
-    for (int i = 0; i < 150; ++i) {
+    for (int i = 0; i < 100; ++i) {
         const irq::Row row{longer.get(), 1, true};
         other.eval(&row, 1, logits.data());
     }
@@ -115,7 +119,7 @@ void test_foreign_sequences(const std::string &model) {
     options.context = 8;
     engine = std::make_unique<irq::Engine>(model, options);  // likely at the same address
     refuses(orphan.get(), "a sequence of an engine that was closed");
-    require(longer->length() == 150 && orphan->length() == 0, "and leaves them as they were");
+    require(longer->length() == 100 && orphan->length() == 0, "and leaves them as they were");
 }
 
 // One to four random bytes, mostly of the header: an Error, or a model that computes something.

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny_files import block_tensors, write_irq
+from tiny_files import block_tensors, model_config, source, state_f32, write_irq
 from tiny_models import tiny_model
 
 from irq_formats.blocks import BlockSpec
+from irq_formats.errors import UsageError
+from irq_formats.gguf import STR, GgmlType, TensorSource, write_gguf
+from irq_formats.gguf.model_keys import model_metadata
+from irq_runtime.engine import Engine
 
 LIMITED = """
 import resource, sys
@@ -28,10 +36,13 @@ except IrqError as error:
 """
 
 
-def run_limited(model: Path, *, threads: int, memory: int) -> str:
+def run_limited(model: Path, *, threads: int, memory: int, **environment: str) -> str:
     """Open a model in a process that may take `memory` more bytes of addresses; return what it says."""
     command = [sys.executable, "-c", LIMITED, str(model), str(threads), str(memory)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=True, env={**os.environ, **environment}
+    )
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +59,18 @@ def test_threads_the_system_does_not_give(irq_file: Path) -> None:
     said = run_limited(irq_file, threads=256, memory=400 << 20)
     assert said.startswith("usage the system gives no more threads; expected 256 threads, got ")
     assert run_limited(irq_file, threads=4, memory=400 << 20) == "(3, 259)\n"
+
+
+def test_context_is_the_models_at_most(irq_file: Path) -> None:
+    """A tiny model has 256 positions."""
+    with pytest.raises(UsageError, match="no such context; expected 1 to 256 positions, got 257"):
+        Engine(irq_file, context=257)
+    for context, hint in (
+        (256, "The model has no more positions"),
+        (255, "Open the engine with a larger context"),
+    ):
+        engine = Engine(irq_file, context=context)
+        cache = engine.new_cache()
+        engine.step([1] * context, cache)
+        with pytest.raises(UsageError, match=hint):
+            engine.step([1], cache)

@@ -18,7 +18,7 @@ struct EngineOptions {
     double adapter_scale = 1;
     unsigned threads = 2;      // 1 to 256
     Mode mode = Mode::exact;
-    std::size_t context = 0;   // positions a sequence may hold; 0: the model's, 4096 at most
+    std::size_t context = 0;   // positions a sequence may hold; the model's at most; 0: those, but 4096 at most
     bool half_cache = false;   // keys and values in fp16 instead of float32
 };
 

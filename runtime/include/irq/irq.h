@@ -42,7 +42,8 @@ typedef struct irq_options {
     double adapter_scale; /* 1: as trained */
     uint32_t threads;     /* 1 to 256 */
     irq_mode mode;
-    size_t context;       /* positions a sequence may hold; 0: the model's own, 4096 at most */
+    size_t context;       /* positions a sequence may hold, no more than the model was trained on; 0: as
+                             many as those, but 4096 at most */
     int half_cache;       /* keys and values in fp16 instead of float32 */
 } irq_options;
 

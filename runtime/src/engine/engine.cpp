@@ -18,10 +18,17 @@ EngineOptions checked(EngineOptions options) {
     if (options.threads < 1 || options.threads > 256) {
         throw Error(Fault::usage, "threads out of range", "", "1 to 256", show(options.threads));
     }
-    if (options.context > std::size_t{1} << 31) {
-        throw Error(Fault::usage, "context out of range", "", "at most 2^31 positions", show(options.context));
-    }
     return options;
+}
+
+// Positions of a sequence. Beyond those the model was trained on, it says nothing of worth.
+std::size_t context_of(const ModelConfig &config, std::size_t wanted) {
+    const std::int64_t most = config.max_position_embeddings;
+    if (wanted == 0) return static_cast<std::size_t>(std::min(default_context, most));
+    if (wanted > static_cast<std::size_t>(most)) {
+        throw Error(Fault::usage, "the model has no such context", "", "1 to " + show(most) + " positions", show(wanted));
+    }
+    return wanted;
 }
 
 std::uint64_t next_id() {
@@ -68,10 +75,7 @@ Engine::Engine(const std::string &path, const EngineOptions &options)
       options_(checked(options)),
       model_(path, options.adapter, options.adapter_scale, options.mode),
       pool_(options.threads) {
-    if (options_.context == 0) {
-        options_.context =
-            static_cast<std::size_t>(std::min(default_context, model_.config().max_position_embeddings));
-    }
+    options_.context = context_of(model_.config(), options_.context);
     workspace_ = std::make_unique<Workspace>(model_, options_);
 }
 
@@ -98,8 +102,9 @@ void Engine::eval(const Row *rows, std::size_t count, float *logits) {
                         show(rows[i].token));
         }
         if (++sequence.added_ > sequence.capacity_ - sequence.length_) {
+            const bool is_all = sequence.capacity_ == static_cast<std::size_t>(model_.config().max_position_embeddings);
             throw Error(Fault::usage, "the sequence is full", "", "at most " + show(sequence.capacity_) + " tokens", "",
-                        "Open the engine with a larger context");
+                        is_all ? "The model has no more positions" : "Open the engine with a larger context");
         }
     }
     for (std::size_t begin = 0; begin < count; begin += workspace_->batch) {
