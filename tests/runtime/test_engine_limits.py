@@ -74,3 +74,10 @@ def test_context_is_the_models_at_most(irq_file: Path) -> None:
         engine.step([1] * context, cache)
         with pytest.raises(UsageError, match=hint):
             engine.step([1], cache)
+
+
+@pytest.mark.parametrize("wanted", ["sse9", "neon" if platform.machine() == "x86_64" else "avx2"])
+def test_an_instruction_set_that_is_not_here(wanted: str, irq_file: Path) -> None:
+    said = run_limited(irq_file, threads=1, memory=1 << 30, IRQ_ISA=wanted)
+    assert said.startswith("usage IRQ_ISA: no such instruction set here")
+    assert said.endswith(f", got {wanted}\n")

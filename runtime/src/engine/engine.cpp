@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <string>
 
+#include "irq/cpu.h"
 #include "irq/error.h"
 #include "vector_ops.h"
 #include "workspace.h"
@@ -14,7 +17,17 @@ namespace {
 constexpr std::size_t max_batch = 256;          // rows computed at once
 constexpr std::int64_t default_context = 4096;  // at most
 
+// An environment that asks for instructions this machine lacks: whoever set it would take other numbers for theirs.
+void check_isa() {
+    if (!isa_request_refused()) return;
+    const char *got = std::getenv("IRQ_ISA");
+    throw Error(Fault::usage, "no such instruction set here", "IRQ_ISA",
+                std::string("one of this machine's, the best of which is ") + isa_name(active_isa()),
+                got == nullptr ? "" : got);
+}
+
 EngineOptions checked(EngineOptions options) {
+    check_isa();
     if (options.threads < 1 || options.threads > 256) {
         throw Error(Fault::usage, "threads out of range", "", "1 to 256", show(options.threads));
     }
