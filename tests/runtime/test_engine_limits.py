@@ -81,3 +81,24 @@ def test_an_instruction_set_that_is_not_here(wanted: str, irq_file: Path) -> Non
     said = run_limited(irq_file, threads=1, memory=1 << 30, IRQ_ISA=wanted)
     assert said.startswith("usage IRQ_ISA: no such instruction set here")
     assert said.endswith(f", got {wanted}\n")
+
+
+def test_a_wide_model_takes_fewer_rows_at_once(tmp_path: Path) -> None:
+    """A file of 28 MB whose 256 rows at once would take 2 GB."""
+    model = tiny_model(hidden_size=64, num_hidden_layers=1)
+    width = 1 << 19
+    shapes = {"ffn_gate": (width, 64), "ffn_up": (width, 64), "ffn_down": (64, width)}
+    config = dataclasses.replace(model_config(model), intermediate_size=width)
+    sources = []
+    for name, array in state_f32(model).items():
+        shape = shapes.get(name.removeprefix("blk.0.").removesuffix(".weight"))
+        if shape is None:
+            sources.append(source(name, array))
+            continue
+        # Q2_0: a scale and 16 bytes for 64 values
+        blocks = np.zeros((shape[0], shape[1] // 64 * 18), np.uint8)
+        sources.append(TensorSource(name, shape, GgmlType.Q2_0, lambda blocks=blocks: blocks))
+    header = {"general.architecture": STR("llama"), **model_metadata(config, "llama")}
+    write_gguf(tmp_path / "wide.gguf", header, sources)
+    assert (tmp_path / "wide.gguf").stat().st_size < 30e6
+    assert run_limited(tmp_path / "wide.gguf", threads=1, memory=1 << 30) == "(3, 259)\n"

@@ -14,7 +14,8 @@
 namespace irq {
 namespace {
 
-constexpr std::size_t max_batch = 256;          // rows computed at once
+constexpr std::size_t max_batch = 256;          // rows computed at once,
+constexpr std::size_t max_values = 1 << 24;     // but no wider than this together: fewer beyond a width of 65536
 constexpr std::int64_t default_context = 4096;  // at most
 
 // An environment that asks for instructions this machine lacks: whoever set it would take other numbers for theirs.
@@ -54,12 +55,14 @@ std::uint64_t next_id() {
 Engine::Workspace::Workspace(const Model &model, const EngineOptions &options) {
     const ModelConfig &c = model.config();
     const auto u = [](std::int64_t value) { return static_cast<std::size_t>(value); };
-    batch = std::min(max_batch, options.context);
     hidden = u(c.hidden_size);
     inner = u(c.intermediate_size);
     head_dim = u(c.head_dim);
     heads = u(c.num_attention_heads);
     kv_heads = u(c.num_key_value_heads);
+    const std::size_t rank = model.max_rank();
+    const std::size_t widest = std::max({hidden, inner, heads * head_dim, rank});
+    batch = std::min({max_batch, options.context, std::max(max_values / widest, std::size_t{1})});
     rows.resize(batch);
     x.resize(batch * hidden);
     normed.resize(batch * hidden);
@@ -75,7 +78,6 @@ Engine::Workspace::Workspace(const Model &model, const EngineOptions &options) {
     hidden_input = Activations(batch, hidden, options.mode);
     head_input = Activations(batch, heads * head_dim, options.mode);
     inner_input = Activations(batch, inner, options.mode);
-    const std::size_t rank = model.max_rank();
     if (rank == 0) return;
     for (Branch &branch : branches) {  // adapters are float carriers: exact in both modes
         branch.down.resize(batch * rank);
