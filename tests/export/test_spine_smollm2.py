@@ -11,9 +11,11 @@ import pytest
 
 import irq_export
 from irq_export.iec import random_adapter
+from irq_export.parity.gates import FAST_NMSE
 from irq_export.parity.report import ParityReport
 from irq_formats.checkpoint import open_checkpoint
 from irq_formats.peft_adapter import write_peft_adapter
+from tests.tolerance import NMSE_FLOAT32
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a 135 M model in float64, four times
 
@@ -64,6 +66,27 @@ def test_nf4_in_our_gguf(model_dir: Path, text: Path, tmp_path: Path) -> None:
     [greedy] = [check for check in report.checks if check.level == "greedy"]
     assert greedy.passed
     assert len(greedy.values["tokens"]) == 64
+
+
+@pytest.mark.parametrize(("codebook", "profile"), [("nf4", "irq"), ("int4", "stock")])
+def test_native_in_both_modes(
+    codebook: str, profile: str, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    """The engine that run and serve use, on our file and on a stock pair, where tau rides in the adapter."""
+    checkpoint, adapter_dir, _ = adapted(model_dir, tmp_path, codebook)
+    out = tmp_path / ("model.gguf" if profile == "irq" else "pair")
+    irq_export.to_gguf(checkpoint, out, profile=profile, adapter_dir=adapter_dir)
+    arguments = {"against": checkpoint, "adapter": adapter_dir, "text": text, "runtimes": ["native"]}
+    report = irq_export.verify(out, positions=256, greedy=64, **arguments)
+    assert report.passed, report.to_text()
+    assert value(report, "logits", "native exact", "nmse") <= NMSE_FLOAT32
+    assert value(report, "logits", "native fast", "nmse") <= FAST_NMSE
+    greedy = {check.name.split(" against")[0]: check for check in report.checks if check.level == "greedy"}
+    assert greedy.keys() == {"native exact", "native fast"}
+    assert greedy["native exact"].values["tokens"] == greedy["native exact"].values["expected"]
+    assert all(len(check.values["tokens"]) == 64 for check in greedy.values())
+    broken = irq_export.verify(out, positions=64, greedy=0, adapter_scale=0.0, **arguments)
+    assert not broken.passed
 
 
 def test_int4_in_stock_llama_cpp(model_dir: Path, text: Path, tmp_path: Path) -> None:
