@@ -41,7 +41,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)  # a bug; its traceback goes to the log
-    name, tokenizer = service.options.model_name, service.tokenizer
+    name = service.options.model_name
 
     @app.get("/health")
     async def health() -> Response:
@@ -69,12 +69,12 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(fields: CompletionRequest, request: Request) -> Response:
         generations = await asyncio.to_thread(service.completion, fields)
-        return await _reply(service, request, fields, generations, CompletionFormat(name, tokenizer))
+        return await _reply(service, request, fields, generations, CompletionFormat(name))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(fields: ChatRequest, request: Request) -> Response:
         generations = await asyncio.to_thread(service.chat, fields)
-        return await _reply(service, request, fields, generations, ChatFormat(name, tokenizer))
+        return await _reply(service, request, fields, generations, ChatFormat(name))
 
     return app
 

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 from irq_formats.errors import IrqError
 from irq_runtime.serve.errors import error_body
-from irq_runtime.serve.generation import Delta, Done, Event, Generation, TokenLogprobs
+from irq_runtime.serve.generation import Delta, Done, Event, Generation
+from irq_runtime.serve.logprobs import TokenLogprobs
 from irq_runtime.serve.replies import Format, Json
 from irq_runtime.serve.scheduler import Scheduler
 
@@ -60,8 +61,7 @@ class Flight:
                 ends[index] = event
                 continue
             texts[index] += event.text
-            if event.logprobs is not None:
-                logprobs[index].append(event.logprobs)
+            logprobs[index] += event.logprobs
         choices = [
             form.choice(
                 index,
@@ -83,8 +83,7 @@ class Flight:
         try:
             async for index, event in self._until_done():
                 if isinstance(event, Delta):
-                    entries = None if event.logprobs is None else [event.logprobs]
-                    yield _sse(form.chunk([form.delta(index, event.text, entries, None)]))
+                    yield _sse(form.chunk([form.delta(index, event.text, event.logprobs or None, None)]))
                 else:
                     ends[index] = event
                     yield _sse(form.chunk([form.delta(index, "", None, event.reason)]))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from irq_formats.errors import IrqError
-from irq_runtime.sampling import SamplingParams, likeliest, sample
+from irq_runtime.sampling import SamplingParams, sample
+from irq_runtime.serve.logprobs import LogprobWriter, TokenLogprobs
 from irq_runtime.text_stream import TextStream
 from irq_runtime.tokenizer import Tokenizer
 
-__all__ = ["Delta", "Done", "Event", "Generation", "Job", "TokenLogprobs"]
+__all__ = ["Delta", "Done", "Event", "Generation", "Job"]
 
 
 @dataclass(frozen=True)
@@ -25,29 +26,22 @@ class Generation:
         params: How tokens are chosen.
         stop: Strings that end the text.
         logprobs: How many of the likeliest tokens to report at each position; None: report nothing.
+        echo: Text of the prompt, to be repeated with its log probabilities; None: leave it out.
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """A token and its natural-log probability before sampling parameters; likewise the likeliest ones."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
+    echo: str | None = None
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Text that is now certain, and the token behind it if log probabilities are asked for."""
+    """Text that is now certain, and the tokens behind it if log probabilities are asked for."""
 
     text: str
-    logprobs: TokenLogprobs | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,18 +71,43 @@ class Job:
         unread: Tokens the model has not read yet.
         cached: Of the prompt, tokens that needed no reading.
         cancelled: Nobody wants the rest; set from any thread.
+        wants_all_logits: Those of the prompt too, so that all of it must be read.
     """
 
     def __init__(self, generation: Generation, tokenizer: Tokenizer, emit: Callable[[Event], None]) -> None:
         self.unread = list(generation.prompt)
         self.cached = 0
         self.cancelled = False
+        self.wants_all_logits = generation.echo is not None and generation.logprobs is not None
         self._generation = generation
         self._emit = emit
         self._rng = np.random.Generator(np.random.PCG64(generation.params.seed))
         self._seen = list(generation.prompt)
         self._text = TextStream(tokenizer, generation.prompt, generation.stop)
         self._tokens = 0
+        self._writer: LogprobWriter | None = None
+        if generation.logprobs is not None:
+            before = generation.prompt if generation.echo is None else ()
+            self._writer = LogprobWriter(tokenizer, before, generation.logprobs)
+
+    def begin(self, cached: int) -> None:
+        """Take a seat where so many tokens of the prompt have been read; repeat the prompt if asked to."""
+        self.cached = cached
+        if self._generation.echo is not None:
+            first = self._written([self._generation.prompt[0]], [None])
+            self._emit(Delta(self._generation.echo, first))
+        del self.unread[:cached]
+
+    def read(self, count: int, logits: NDArray[np.float32]) -> None:
+        """Take note that the model has read the next tokens of the prompt, but not the last.
+
+        Args:
+            count: How many.
+            logits: After each, ``(count, vocab_size)``, if ``wants_all_logits``.
+        """
+        if self.wants_all_logits:
+            self._emit(Delta("", self._written(self.unread[1 : count + 1], logits)))
+        del self.unread[:count]
 
     def advance(self, logits: NDArray[np.float32]) -> str | None:
         """Choose the token after ``unread``; return why the text ends, or None if it goes on.
@@ -103,15 +122,16 @@ class Job:
         if params.max_tokens == 0:
             return self._finish("length")
         token = sample(logits, params, self._rng, self._seen, len(prompt))
+        logprobs = self._written([token], [logits])
         if token in params.stop_tokens:
+            if self.wants_all_logits:  # who scores a text counts on one token more, and leaves it out
+                self._emit(Delta("", logprobs))
             return self._finish("stop")
         self._tokens += 1
         self._seen.append(token)
         self.unread = [token]
-        wanted = self._generation.logprobs
-        logprobs = None if wanted is None else _logprobs(logits, token, wanted)
         text = self._text.push(token)
-        if text or logprobs is not None:
+        if text or logprobs:
             self._emit(Delta(text, logprobs))
         if self._text.stopped or self._tokens == params.max_tokens:
             return self._finish("length")
@@ -121,22 +141,17 @@ class Job:
         """Emit the end."""
         self._emit(Done(reason, self._tokens, self.cached, error))
 
+    def _written(
+        self, tokens: Sequence[int], logits: Iterable[NDArray[np.float32] | None]
+    ) -> tuple[TokenLogprobs, ...]:
+        writer = self._writer
+        if writer is None:
+            return ()
+        return tuple(writer.write(token, row) for token, row in zip(tokens, logits, strict=True))
+
     def _finish(self, reason: str) -> str:
         """Emit the text held back; return the reason, which is ``stop`` if there is a stop string in it."""
         rest = self._text.finish()
         if rest:
             self._emit(Delta(rest))
         return "stop" if self._text.stopped else reason
-
-
-def _logprobs(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
-    scores = logits.astype(np.float64)
-    scores -= scores.max()
-    scores -= np.log(np.exp(scores).sum())
-    top = tuple((int(index), _written(scores[index])) for index in likeliest(scores, count))
-    return TokenLogprobs(token, _written(scores[token]), top)
-
-
-def _written(logprob: np.float64) -> float:
-    """Return a number that JSON can hold: OpenAI writes -9999 for what cannot happen."""
-    return max(float(logprob), -9999.0)

@@ -7,8 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from irq_runtime.serve.generation import TokenLogprobs
-from irq_runtime.tokenizer import Tokenizer
+from irq_runtime.serve.logprobs import TokenLogprobs
 
 __all__ = ["ChatFormat", "CompletionFormat", "Format", "Json"]
 
@@ -21,15 +20,13 @@ class Format:
 
     Args:
         model: Name of the model.
-        tokenizer: Shows the tokens of log probabilities.
     """
 
     prefix: str
     whole_kind: str
     chunk_kind: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, model: str) -> None:
         self._header = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -57,9 +54,6 @@ class Format:
         chunk = {"object": self.chunk_kind, **self._header, "choices": list(choices)}
         return chunk if usage is None else {**chunk, "usage": usage}
 
-    def _shown(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special=False)
-
 
 class CompletionFormat(Format):
     """``/v1/completions``."""
@@ -79,11 +73,10 @@ class CompletionFormat(Format):
         if entries is None:
             return None
         return {
-            "tokens": [self._shown(entry.token) for entry in entries],
+            "tokens": [entry.text for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [
-                {self._shown(token): logprob for token, logprob in entry.top} for entry in entries
-            ],
+            "top_logprobs": [None if entry.top is None else _by_text(entry.top) for entry in entries],
+            "text_offset": [entry.offset for entry in entries],
         }
 
 
@@ -117,14 +110,22 @@ class ChatFormat(Format):
         return {
             "content": [
                 {
-                    **self._entry(entry.token, entry.logprob),
-                    "top_logprobs": [self._entry(token, logprob) for token, logprob in entry.top],
+                    **_entry(entry.text, entry.logprob),
+                    "top_logprobs": [_entry(text, logprob) for text, logprob in entry.top or ()],
                 }
                 for entry in entries
             ]
         }
 
-    def _entry(self, token: int, logprob: float) -> Json:
-        text = self._shown(token)
-        data = None if "\ufffd" in text else list(text.encode())  # half a character: its bytes are not known
-        return {"token": text, "logprob": logprob, "bytes": data}
+
+def _by_text(top: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Return the likeliest of tokens that look alike: halves of characters do."""
+    shown: dict[str, float] = {}
+    for text, logprob in top:
+        shown.setdefault(text, logprob)
+    return shown
+
+
+def _entry(text: str, logprob: float | None) -> Json:
+    data = None if "\ufffd" in text else list(text.encode())  # half a character: its bytes are not known
+    return {"token": text, "logprob": logprob, "bytes": data}

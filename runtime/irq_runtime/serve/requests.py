@@ -156,6 +156,13 @@ class CompletionRequest(Request):
     prompt: _Text | _Tokens | Annotated[list[_Text], _FIRST_FAULT] | Annotated[list[_Tokens], _FIRST_FAULT]
     max_tokens: int = Field(16, ge=-1)
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _bounded(self) -> CompletionRequest:
+        if self.echo and (self.logprobs or 0) > 5:
+            raise PydanticCustomError("too_many", "with echo, logprobs is at most 5")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:

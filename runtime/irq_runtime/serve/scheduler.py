@@ -182,14 +182,17 @@ class Scheduler:
     def _seat(self, job: Job) -> None:
         """Give a job the free slot that has read most of its prompt, or else was used least recently."""
         slot = max(self._free(), key=lambda slot: (self._shared(slot, job), -slot.since))
-        job.cached = self._shared(slot, job)
-        del job.unread[: job.cached]
-        del slot.chunks[job.cached :]
-        slot.session.cache.truncate(job.cached)
+        shared = self._shared(slot, job)
+        del slot.chunks[shared:]
+        slot.session.cache.truncate(shared)
         slot.job, slot.since = job, self._turn
+        with self._ending([(slot, job)]):
+            job.begin(shared)
 
     def _shared(self, slot: _Slot, job: Job) -> int:
         """Return how many tokens of a prompt a slot has read; the last one is always read again."""
+        if job.wants_all_logits:
+            return 0
         most = min(len(slot.chunks), len(job.unread) - 1) // self._chunk * self._chunk
         while slot.chunks[:most] != job.unread[:most]:
             most -= self._chunk
@@ -202,9 +205,14 @@ class Scheduler:
             return
         slot, job = min(unread, key=lambda pair: pair[0].since)
         part = job.unread[: min(self._chunk, len(job.unread) - 1)]
+
+        def read() -> NDArray[np.float32]:
+            if job.wants_all_logits:
+                return self._engine.step(part, slot.session.cache)
+            return slot.session.next_logits(part)
+
         with self._ending([(slot, job)]):
-            self._watched(lambda: slot.session.next_logits(part))
-            del job.unread[: len(part)]
+            job.read(len(part), self._watched(read))
             if len(part) == self._chunk:
                 slot.chunks += part
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from irq_formats.errors import UsageError
 from irq_runtime.serve.errors import NoSuchModel, PromptTooLong
@@ -48,7 +48,11 @@ class Service:
         if len(request.prompts) * request.n > most:
             raise UsageError("too many texts", expected=f"at most {most}", hint="Send several requests")
         prompts = [self._tokens(prompt) for prompt in request.prompts]
-        return self._generations(request, prompts, request.logprobs)
+        generations = self._generations(request, prompts, request.logprobs)
+        if not request.echo:
+            return generations
+        texts = [self._text(prompt) for prompt in request.prompts for _ in range(request.n)]
+        return [replace(asked, echo=text) for asked, text in zip(generations, texts, strict=True)]
 
     def chat(self, request: ChatRequest) -> list[Generation]:
         """Return what a chat asks for, ``n`` generations.
@@ -78,6 +82,9 @@ class Service:
             bos = self.tokenizer.bos
             return self.tokenizer.encode(prompt) or ([] if bos is None else [bos])
         return prompt
+
+    def _text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
     def _generations(
         self, request: Request, prompts: list[list[int]], logprobs: int | None
