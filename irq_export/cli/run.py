@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from irq_export.cli.common import console, emit, json_option, threads_option, tokenizer_option, verb
-from irq_formats.errors import UsageError
+from irq_formats.errors import MalformedFile, UsageError
+from irq_formats.strict_json import parse_object
 
 if TYPE_CHECKING:
     from irq_runtime.completion import Completion
@@ -65,6 +66,11 @@ __all__ = ["command"]
 @click.option("--chat", is_flag=True, help="Render the prompt with the file's chat template.")
 @click.option("--system", help="With --chat, the system's message before it.")
 @click.option(
+    "--chat-template-kwargs",
+    metavar="JSON",
+    help="With --chat, further variables of the template, such as '{\"enable_thinking\": false}'.",
+)
+@click.option(
     "--runtime",
     type=click.Choice(["auto", "native", "reference"]),
     default="auto",
@@ -101,6 +107,7 @@ def command(
     stop: tuple[str, ...],
     chat: bool,
     system: str | None,
+    chat_template_kwargs: str | None,
     runtime: str,
     mode: str,
     threads: int,
@@ -125,6 +132,7 @@ def command(
         stop=stop,
         chat=chat,
         system=system,
+        template_variables=_read_variables(chat_template_kwargs),
         runtime=runtime,
         mode=mode,
         threads=threads,
@@ -155,6 +163,15 @@ def _read(file: TextIO | None) -> str:
         return "" if file is None else file.read()
     except UnicodeDecodeError as error:
         raise UsageError("the prompt is not UTF-8", got=error) from error
+
+
+def _read_variables(text: str | None) -> dict[str, object] | None:
+    if text is None:
+        return None
+    try:
+        return parse_object(text.encode(errors="surrogateescape"), where="--chat-template-kwargs")
+    except MalformedFile as error:
+        raise UsageError(error.message, where=error.where, expected="a JSON object", got=error.got) from error
 
 
 def _speed(completion: Completion) -> str:

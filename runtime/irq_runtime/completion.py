@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,7 @@ def complete(
     stop: Sequence[str] = (),
     chat: bool = False,
     system: str | None = None,
+    template_variables: Mapping[str, object] | None = None,
     runtime: str = "auto",
     mode: str = "exact",
     threads: int | None = None,
@@ -101,6 +102,7 @@ def complete(
         stop: Strings that end the text.
         chat: Render the prompt with the file's chat template.
         system: With ``chat``, the system's message before it.
+        template_variables: With ``chat``, further variables of the template, such as ``enable_thinking``.
         runtime: One of :data:`RUNTIMES`.
         mode: Of the native engine: ``exact`` or ``fast``.
         threads: Of the native engine; None: the cores of this machine.
@@ -115,13 +117,22 @@ def complete(
     """
     if runtime not in RUNTIMES:
         raise UsageError("unknown runtime", expected=" | ".join(RUNTIMES), got=runtime)
-    if system is not None and not chat:
-        raise UsageError("a system message belongs to a chat", hint="Ask for the chat template too")
+    if not chat and (system is not None or template_variables):
+        raise UsageError(
+            "a system message and variables of the template belong to a chat",
+            hint="Ask for the chat template too",
+        )
     model, adapter = model_files(model, adapter)
     gguf = open_gguf(model)
     text_tokenizer = load_tokenizer(gguf, tokenizer)
     positions = check_context(read_config(gguf), context)
-    ids = _read_chat(text_tokenizer, prompt, system) if chat else _read_prompt(text_tokenizer, prompt)
+    if chat:
+        opening = [] if system is None else [{"role": "system", "content": system}]
+        messages = [*opening, {"role": "user", "content": prompt}]
+        rendered = text_tokenizer.render_chat(messages, variables=template_variables)
+        ids = text_tokenizer.encode(rendered, add_special=False)
+    else:
+        ids = _read_prompt(text_tokenizer, prompt)
     if not ids:
         raise UsageError("the prompt is empty", hint="Give some text with -p")
     room = positions - len(ids)
@@ -177,13 +188,6 @@ def complete(
     take(stream.finish())
     reason = "stop" if stream.stopped or len(tokens) < params.max_tokens else "length"
     return Completion(ids, tokens, "".join(pieces), reason, tuple(times))
-
-
-def _read_chat(tokenizer: Tokenizer, message: str, system: str | None) -> list[int]:
-    """Return the tokens of a conversation in which the assistant is to reply."""
-    opening = [] if system is None else [{"role": "system", "content": system}]
-    rendered = tokenizer.render_chat([*opening, {"role": "user", "content": message}])
-    return tokenizer.encode(rendered, add_special=False)
 
 
 def _read_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -257,6 +257,28 @@ class TestCommand:
         assert both != alone
         assert CliRunner().invoke(main, ["run", str(demo), "-p", "x", "--system", "y"]).exit_code == 2
 
+    def test_variables_of_the_template(self, stories_gguf: Path, tmp_path: Path) -> None:
+        source = open_gguf(stories_gguf)
+        template = STR("{% if think %}think{% endif %}{{ messages[0].content }}")
+        write_gguf(
+            tmp_path / "m.gguf",
+            {**source.values, "tokenizer.chat_template": template},
+            [
+                TensorSource(name, tensor.shape, tensor.type, partial(source.read, name))
+                for name, tensor in source.tensors.items()
+            ],
+        )
+        command = ["run", str(tmp_path / "m.gguf"), "-p", PROMPT, "-n", "1", "--json"]
+        plain, given = (
+            json.loads(CliRunner().invoke(main, [*command, "--chat", *more]).stdout)["prompt_tokens"]
+            for more in ([], ["--chat-template-kwargs", '{"think": true}'])
+        )
+        assert len(given) > len(plain)
+        for wrong in ("[]", "{", "\udcff", '{"messages": []}'):
+            result = CliRunner().invoke(main, [*command, "--chat", "--chat-template-kwargs", wrong])
+            assert result.exit_code == 2, result.output
+        assert CliRunner().invoke(main, [*command, "--chat-template-kwargs", '{"a": 1}']).exit_code == 2
+
     @pytest.mark.parametrize(
         ("arguments", "code"),
         [
