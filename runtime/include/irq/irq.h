@@ -34,7 +34,8 @@ typedef enum irq_status {
 
 typedef enum irq_mode {
     IRQ_EXACT = 0, /* float32 weights, inputs and sums: the model that was trained */
-    IRQ_FAST = 1   /* inputs of block-quantised matrices rounded to 8 bits */
+    IRQ_FAST = 1   /* block-quantised matrices in integers: inputs rounded to 12 bits, or where the processor
+                      multiplies bytes to 8 (up to eight tokens at once: twice 8) */
 } irq_mode;
 
 typedef struct irq_options {
