@@ -89,6 +89,12 @@ def cases() -> list[Case]:
         ("data-missing", "the data file is there", "is missing", {MODEL_NAME: graph, "other": data[:1]}),
     ):
         found.append(Case(name, rule, message, files))
+    for name, rule, message, content in (
+        ("field-past-its-message", "a field lies in its message", "not an ONNX model", b"\x3a\x02\x0a\x01A"),
+        ("number-of-11-bytes", "numbers have ten bytes", "not an ONNX model", b"\x08" + b"\xff" * 10 + b"\1"),
+        ("group", "protobuf's version 3 has no groups", "not an ONNX model", b"\x0b\x0c"),
+    ):
+        found.append(Case(name, rule, message, {MODEL_NAME: content, DATA_NAME: data}))
     return found
 
 

@@ -8,7 +8,6 @@ must agree: kernels read as many bytes as the attributes say.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -202,9 +201,11 @@ class _Checker:
                 raise self._wrong("a body that reads another matrix", got=function.name)
 
     def _unique(self, what: str, names: Iterable[str]) -> None:
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        if twice:
-            raise self._wrong(f"two {what} of one name", got=twice[0][:80])
+        seen: set[str] = set()
+        for name in names:
+            if name in seen:
+                raise self._wrong(f"two {what} of one name", got=name[:80])
+            seen.add(name)
 
     def _wrong(self, what: str, *, expected: object = None, got: object = None) -> IrqError:
         return MalformedFile(what, where=self._where, expected=expected, got=got)
