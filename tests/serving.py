@@ -32,7 +32,10 @@ HEAVY: Json = {"prompt": PROMPT, "max_tokens": 500, "n": 16, "temperature": 1.3}
 
 @contextmanager
 def running_server(
-    model: Path, options: ServeOptions, change: Callable[[Tokenizer], None] | None = None
+    model: Path,
+    options: ServeOptions,
+    change: Callable[[Tokenizer], None] | None = None,
+    engine: type[Engine] = Engine,
 ) -> Iterator[str]:
     """Yield the address of a server of ``model``; it has ended when the context has.
 
@@ -40,8 +43,9 @@ def running_server(
         model: Its file.
         options: Of the server.
         change: Makes something else of the file's tokenizer.
+        engine: Runs it.
     """
-    service = open_service(Engine(model, threads=1), model, options)
+    service = open_service(engine(model, threads=1), model, options)
     if change is not None:
         change(service.tokenizer)
     config = uvicorn.Config(create_app(service), access_log=False, log_level="critical", ws="none")
@@ -60,11 +64,14 @@ def running_server(
 
 @contextmanager
 def client_of(
-    demo: Path, change: Callable[[Tokenizer], None] | None = None, **options: Any
+    demo: Path,
+    change: Callable[[Tokenizer], None] | None = None,
+    engine: type[Engine] = Engine,
+    **options: Any,
 ) -> Iterator[httpx.Client]:
     serve_options = ServeOptions(port=0, model_name="demo", **{"chunk": CHUNK, **options})
     with (
-        running_server(demo, serve_options, change) as url,
+        running_server(demo, serve_options, change, engine) as url,
         httpx.Client(base_url=url, timeout=60) as client,
     ):
         yield client

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from irq_formats.errors import MalformedFile, UsageError
 
-__all__ = ["SamplingParams", "StepModel", "generate", "likeliest", "probabilities", "sample"]
+__all__ = ["SamplingParams", "StepModel", "checked", "generate", "likeliest", "probabilities", "sample"]
 
 FloatArray = NDArray[np.floating]
 
@@ -131,13 +131,23 @@ def likeliest(scores: FloatArray, count: int) -> NDArray[np.intp]:
     return ids[np.argsort(-scores[ids], kind="stable")][:count]
 
 
+def checked(logits: FloatArray) -> NDArray[np.float64]:
+    """Return logits in float64.
+
+    Raises:
+        MalformedFile: As :func:`probabilities`.
+    """
+    scores = logits.astype(np.float64)
+    if not np.isfinite(scores.max()):  # NaN is the maximum wherever it is
+        raise MalformedFile("the model's logits are not numbers", got=float(scores.max()))
+    return scores
+
+
 def _scores(
     logits: FloatArray, params: SamplingParams, seen: Sequence[int], prompt_tokens: int
 ) -> NDArray[np.float64]:
     """Return finite logits (or -inf) after bias and penalties."""
-    scores = logits.astype(np.float64)
-    if not np.isfinite(scores.max()):  # NaN is the maximum wherever it is
-        raise MalformedFile("the model's logits are not numbers", got=float(scores.max()))
+    scores = checked(logits)
     for token, bias in params.logit_bias:
         scores[token] += bias
     penalty = params.repetition_penalty

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -119,6 +121,17 @@ class TestEcho:
             with ThreadPoolExecutor(5) as pool:
                 several = list(pool.map(lambda _: choice_of(client, prompt=LONG, echo=True), range(5)))
             assert several == [alone] * 5
+
+    def test_a_model_that_computes_nan(self, demo: Path) -> None:
+        class Broken(Engine):
+            def step(self, tokens: Sequence[int], cache: Any) -> Any:
+                return super().step(tokens, cache) * np.float32("nan")
+
+        with client_of(demo, engine=Broken) as client:
+            body = {"prompt": PROMPT, "echo": True, "logprobs": 1}
+            assert client.post("/v1/completions", json=body).status_code == 500
+            assert events_of(client, "completions", **body)[-1]["error"]["type"] == "server_error"
+            assert post(client, prompt=PROMPT)
 
     def test_too_many(self, client: httpx.Client) -> None:
         reply = client.post("/v1/completions", json={"prompt": PROMPT, "echo": True, "logprobs": 6})

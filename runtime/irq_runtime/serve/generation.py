@@ -104,6 +104,9 @@ class Job:
         Args:
             count: How many.
             logits: After each, ``(count, vocab_size)``, if ``wants_all_logits``.
+
+        Raises:
+            MalformedFile: The logits are not numbers.
         """
         if self.wants_all_logits:
             self._emit(Delta("", self._written(self.unread[1 : count + 1], logits)))

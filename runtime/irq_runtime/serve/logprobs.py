@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from irq_runtime.sampling import likeliest
+from irq_runtime.sampling import checked, likeliest
 from irq_runtime.text_stream import TextStream
 from irq_runtime.tokenizer import Tokenizer
 
@@ -56,12 +56,15 @@ class LogprobWriter:
         Args:
             token: The token.
             logits: Of all tokens at its place, ``(vocab_size,)``; None if the model said nothing there.
+
+        Raises:
+            MalformedFile: The logits are not numbers.
         """
         offset = self._offset
         self._offset += len(self._stream.push(token))
         if logits is None:
             return TokenLogprobs(self._shown(token), None, None, offset)
-        scores = logits.astype(np.float64)
+        scores = checked(logits)
         scores -= scores.max()
         scores -= np.log(np.exp(scores).sum())
         top = tuple((self._shown(int(i)), _written(scores[i])) for i in likeliest(scores, self._count))
