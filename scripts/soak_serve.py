@@ -30,6 +30,26 @@ PROMPTS = (
     "A cat",
     "One day a girl named Lily " * 3,
 )
+
+#: Kinds of request, by the name of what they do.
+KINDS = ("whole", "stream", "stream", "left", "timeout", "sampled", "chat", "scored", "refused", "malformed")
+
+#: One of these is what "sampled" asks for besides a temperature.
+FIELDS: tuple[dict[str, object], ...] = (
+    {"top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 3},
+    {"logprobs": 0, "frequency_penalty": 0.5, "presence_penalty": 0.2},
+    {"logit_bias": {"5": -100, "9": 1.5}, "min_p": 0.05, "n": 2, "stop": ["."]},
+    {"ignore_eos": True, "n_predict": -1, "repeat_penalty": 1.2},
+    {"echo": True, "logprobs": 1, "stream_options": {"include_usage": True}},
+)
+
+#: One of these is what "chat" asks for.
+CHAT_FIELDS: tuple[dict[str, object], ...] = (
+    {"logprobs": True},
+    {"logprobs": True, "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": False}},
+    {"logprobs": False, "max_completion_tokens": 9},
+)
+
 #: The second half may use this much more than the first: some 60 bytes a request. Cycles wait for the garbage
 #: collector, and the largest number of them that ever waited keeps its memory.
 GROWTH_BYTES = 256 << 10
@@ -51,6 +71,7 @@ class Soak:
         self.lock = threading.Lock()
         with httpx.Client(base_url=url, timeout=600) as client:
             self.expected = {prompt: self.whole(client, prompt) for prompt in PROMPTS}
+            self.scores = {prompt: self.scored(client, prompt) for prompt in PROMPTS}
 
     def body(self, prompt: str, **fields: object) -> dict[str, object]:
         return {"prompt": prompt, "max_tokens": self.max_tokens, "temperature": 0, **fields}
@@ -60,6 +81,11 @@ class Soak:
         return (
             reply.json()["choices"][0]["text"] if reply.status_code == 200 else f"status {reply.status_code}"
         )
+
+    def scored(self, client: httpx.Client, prompt: str) -> str:
+        """Return the log probabilities of a prompt, as a scorer of multiple choice asks for them."""
+        body = self.body(prompt, echo=True, logprobs=1, max_tokens=1)
+        return json.dumps(client.post("/completions", json=body).json()["choices"][0]["logprobs"])
 
     def streamed(self, client: httpx.Client, prompt: str, leave_after: int | None) -> str | None:
         """Return the text, or None if the client left."""
@@ -76,7 +102,7 @@ class Soak:
     def request(self, client: httpx.Client, rng: random.Random) -> tuple[str, int]:
         """Make one request; return what kind it was and the tokens read."""
         prompt = rng.choice(PROMPTS)
-        kind = rng.choice(("whole", "stream", "stream", "left", "timeout", "sampled", "malformed"))
+        kind = rng.choice(KINDS)
         if kind == "whole":
             self.check(prompt, self.whole(client, prompt))
         elif kind == "stream":
@@ -91,8 +117,20 @@ class Soak:
                 return kind, 0
             return "in time", 4 * self.max_tokens
         elif kind == "sampled":
-            body = self.body(prompt, temperature=1.1, top_p=0.9, repetition_penalty=1.1, logprobs=3)
+            body = self.body(prompt, temperature=1.1, **rng.choice(FIELDS))
             return kind, client.post("/completions", json=body).json()["usage"]["completion_tokens"]
+        elif kind == "chat":
+            messages = [{"role": "user", "content": prompt}]
+            body = {"messages": messages, "max_tokens": self.max_tokens, **rng.choice(CHAT_FIELDS)}
+            return kind, client.post("/chat/completions", json=body).json()["usage"]["completion_tokens"]
+        elif kind == "scored":
+            self.check(prompt, self.scored(client, prompt), self.scores[prompt])
+            return kind, 1
+        elif kind == "refused":
+            for field in ({"prompt": [prompt] * 100}, {"logit_bias": {"99999999": 1}}, {"grammar": "x"}):
+                reply = client.post("/completions", json=self.body(prompt) | field)
+                self.check("refused", str(reply.status_code), "400")
+            return kind, 0
         else:
             reply = client.post("/completions", content=rng.randbytes(200))
             self.check("malformed", str(reply.status_code), "400")
@@ -109,7 +147,7 @@ class Soak:
             while time.monotonic() < self.end:
                 try:
                     kind, tokens = self.request(client, rng)
-                except httpx.HTTPError as error:
+                except (httpx.HTTPError, LookupError) as error:  # no reply, or one without what was asked for
                     self.wrong.append(repr(error))
                     continue
                 with self.lock:
