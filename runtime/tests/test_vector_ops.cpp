@@ -96,9 +96,16 @@ class Cache {
 
 void check_attend(std::size_t head_dim, std::size_t length, bool is_half) {
     const Cache cache(head_dim, length, is_half);
-    const std::vector<float> q = normal(head_dim, 2);
-    std::vector<float> scores(irq::padded(length)), out(head_dim);
-    irq::vector_ops().attend(q.data(), cache.view(), head_dim, length, scores.data(), out.data());
+    constexpr std::size_t queries = 2 * irq::most_queries - 1;  // of every number that goes together
+    const std::vector<float> all = normal(queries * head_dim, 2), q(all.end() - static_cast<long>(head_dim), all.end());
+    std::vector<float> scores(irq::most_queries * irq::padded(length)), outs(all.size()), out(head_dim);
+    irq::vector_ops().attend(all.data(), queries, cache.view(), head_dim, length, scores.data(), outs.data());
+    bool alike = true;
+    for (std::size_t k = 0; k < queries; ++k) {
+        irq::vector_ops().attend(&all[k * head_dim], 1, cache.view(), head_dim, length, scores.data(), out.data());
+        alike &= std::equal(out.begin(), out.end(), &outs[k * head_dim]);
+    }
+    expect(alike, text(is_half ? "queries together, fp16" : "queries together", head_dim, length));
 
     const double scale = 1 / std::sqrt(static_cast<double>(head_dim));
     std::vector<double> weights(length);

@@ -18,7 +18,7 @@ struct EngineOptions {
     double adapter_scale = 1;
     unsigned threads = 2;      // 1 to 256
     Mode mode = Mode::exact;
-    std::size_t context = 0;   // positions a sequence may hold; the model's at most; 0: those, but 4096 at most
+    std::size_t context = 0;   // positions a sequence may hold, the model's at most; 0: those, but 4096 at most
     bool half_cache = false;   // keys and values in fp16 instead of float32
 };
 
@@ -79,7 +79,7 @@ private:
     std::size_t eval_batch(const Row *rows, std::size_t count, float *logits);
     void embed();
     void attend(const Layer &layer, std::size_t index);
-    void attend_head(std::size_t layer, std::size_t row, std::size_t head, unsigned thread);
+    void attend_heads(std::size_t layer, std::size_t row, std::size_t head, std::size_t count, unsigned thread);
     void finish_head(const Projection &projection, const std::vector<float> &norm, std::size_t head, bool is_rotated);
     void cache_head(std::size_t layer, std::size_t head);
     void feed_forward(const Layer &layer);

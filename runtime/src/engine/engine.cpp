@@ -74,7 +74,7 @@ Engine::Workspace::Workspace(const Model &model, const EngineOptions &options) {
     up.resize(batch * inner);
     cosines.resize(batch * head_dim / 2);
     sines.resize(batch * head_dim / 2);
-    scores.resize(options.threads * padded(options.context));
+    scores.resize(options.threads * most_queries * padded(options.context));
     hidden_input = Activations(batch, hidden, options.mode);
     head_input = Activations(batch, heads * head_dim, options.mode);
     inner_input = Activations(batch, inner, options.mode);

@@ -165,8 +165,11 @@ void Engine::attend(const Layer &layer, std::size_t index) {
     } else {
         pool_.for_each(w.heads + w.kv_heads, finish);
     }
-    pool_.for_each(w.count * w.heads, [&](std::size_t item, unsigned thread) {
-        attend_head(index, item / w.heads, item % w.heads, thread);
+    // Heads that share keys go together, unless threads would wait for one another: a row is few groups.
+    const std::size_t together = w.count == 1 && pool_.size() > 1 ? 1 : w.heads / w.kv_heads;
+    const std::size_t groups = w.heads / together;
+    pool_.for_each(w.count * groups, [&](std::size_t item, unsigned thread) {
+        attend_heads(index, item / groups, item % groups * together, together, thread);
     });
     prepare(w.head_input, w.attended.data(), q_width);
     add_to_residual(layer.output, w.head_input);
@@ -201,15 +204,16 @@ void Engine::cache_head(std::size_t layer, std::size_t head) {
     }
 }
 
-void Engine::attend_head(std::size_t layer, std::size_t row, std::size_t head, unsigned thread) {
+// Heads [head, head + count), which share keys.
+void Engine::attend_heads(std::size_t layer, std::size_t row, std::size_t head, std::size_t count, unsigned thread) {
     Workspace &w = *workspace_;
     const Sequence &s = *w.rows[row].sequence;
     const std::size_t kv_head = head / (w.heads / w.kv_heads);
     const std::size_t base = (layer * w.kv_heads + kv_head) * s.head_bytes_;
     const HeadCache cache{s.keys_.get() + base, s.values_.get() + base, s.is_half_};
     const std::size_t at = (row * w.heads + head) * w.head_dim;
-    vector_ops().attend(&w.q[at], cache, w.head_dim, w.rows[row].position + 1,
-                        &w.scores[thread * padded(options_.context)], &w.attended[at]);
+    vector_ops().attend(&w.q[at], count, cache, w.head_dim, w.rows[row].position + 1,
+                        &w.scores[thread * most_queries * padded(options_.context)], &w.attended[at]);
 }
 
 void Engine::feed_forward(const Layer &layer) {

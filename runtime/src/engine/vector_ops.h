@@ -7,7 +7,8 @@
 
 namespace irq {
 
-inline constexpr std::size_t lanes = 16;  // floats of one vector, on every machine
+inline constexpr std::size_t lanes = 16;        // positions of a tile of keys, on every machine
+inline constexpr std::size_t most_queries = 4;  // that go over the keys together
 
 // Keys and values of one head of one sequence. Keys lie transposed in tiles of 16 positions, so that 16
 // scores grow side by side without horizontal sums; values lie by position, padded to whole vectors.
@@ -22,10 +23,11 @@ struct VectorOps {
     void (*rms_norm)(const float *x, const float *weight, std::size_t size, float eps, float *out);
     // gate = silu(gate) * up
     void (*swiglu)(float *gate, const float *up, std::size_t size);
-    // out = softmax(q keys^T / sqrt(head_dim)) values over `length` positions.
-    //   scores: scratch of padded(length) floats; head_dim even, any size
-    void (*attend)(const float *q, const HeadCache &cache, std::size_t head_dim, std::size_t length, float *scores,
-                   float *out);
+    // out = softmax(q keys^T / sqrt(head_dim)) values over `length` positions; q and out (queries, head_dim), of heads
+    // that share keys. Each has the bits it has alone.
+    //   scores: scratch of most_queries * padded(length) floats; head_dim even, any size
+    void (*attend)(const float *q, std::size_t queries, const HeadCache &cache, std::size_t head_dim,
+                   std::size_t length, float *scores, float *out);
     // to[i * stride] = from[i], rounded to fp16 if is_half.
     void (*store)(const float *from, std::size_t size, bool is_half, std::size_t stride, void *to);
 };

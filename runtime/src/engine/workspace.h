@@ -32,7 +32,7 @@ struct Engine::Workspace {
     std::vector<float> attended;         // (batch, heads, head_dim)
     std::vector<float> gate, up;         // (batch, inner)
     std::vector<float> cosines, sines;   // (batch, head_dim / 2)
-    std::vector<float> scores;           // (threads, padded(context))
+    std::vector<float> scores;           // (threads, most_queries, padded(context))
     Activations hidden_input{1, 1, Mode::exact}, head_input{1, 1, Mode::exact}, inner_input{1, 1, Mode::exact};
     Branch branches[3];                  // of matrices that share an input
 };
