@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from irq_formats.errors import MalformedFile, UsageError
 
-__all__ = ["FixedFile", "open_fixed"]
+__all__ = ["FixedFile", "open_fixed", "read_small"]
 
 Identity = tuple[int, int, int, int]  # device, inode, size (bytes), mtime (ns)
 
@@ -85,6 +85,19 @@ def open_fixed(path: str | Path) -> FixedFile:
             return FixedFile(path, _identity(fd, path))
     except OSError as error:
         raise UsageError("cannot be opened", where=path, got=error.strerror) from error
+
+
+def read_small(path: str | Path, *, limit: int) -> bytes:
+    """Return the contents of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        UsageError: There is no such file, or it may not be read.
+        MalformedFile: It is no regular file, larger, or changed while it was read.
+    """
+    file = open_fixed(path)
+    if file.size > limit:
+        raise MalformedFile("too large", where=path, expected=f"at most {limit} bytes", got=file.size)
+    return file.read_bytes(0, file.size)
 
 
 @contextmanager

@@ -171,6 +171,7 @@ def _open_torch(
 
 def _open_onnx(path: Path, adapter: str | Path | None, runtime: str, threads: int) -> EvaluatedModel:
     from irq_export.parity.onnx_runtimes import OnnxRuntime
+    from irq_formats.files import read_small
     from irq_formats.onnx.model_file import open_model as open_onnx
     from irq_formats.strict_json import parse_object
 
@@ -184,9 +185,9 @@ def _open_onnx(path: Path, adapter: str | Path | None, runtime: str, threads: in
     session.use(Path(adapter) if adapter is not None else next(iter(beside), None))
     settings = folder / "genai_config.json"
     try:
-        values: Any = parse_object(settings.read_bytes(), where=settings)
+        values: Any = parse_object(read_small(settings, limit=1 << 20), where=settings)
         context = int(values["model"]["context_length"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (UsageError, KeyError, TypeError, ValueError) as error:
         raise MalformedFile("no length of the context", where=settings, got=error) from error
     return EvaluatedModel(path, onnx_scorer(session, min(context, _CONTEXT)), _read_tokenizer(folder))
 

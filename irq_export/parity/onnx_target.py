@@ -18,12 +18,15 @@ from irq_export.parity.report import Check
 from irq_formats.adapter import Adapter
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import MalformedFile, ParityFailed, UsageError
-from irq_formats.manifest import check_manifest
+from irq_formats.files import open_fixed, read_small
+from irq_formats.manifest import MANIFEST_NAME, check_manifest, unlisted_files
 from irq_formats.onnx.model_file import OnnxModel, open_model
 from irq_formats.strict_json import parse_object
 from irq_runtime.onnx import library_path
 
 __all__ = ["Case", "OnnxTarget", "open_onnx_target"]
+
+_MAX_CONFIG_BYTES = 1 << 20  # ours have two thousand
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,12 @@ class OnnxTarget:
         check_manifest(self.folder)
         detail = f"{len(self.model.tensors)} tensors, well formed; every file as its manifest says"
         yield Check("container", self.model.path.name, True, detail)
+        if unlisted := unlisted_files(self.folder):
+            detail = f"files that the manifest does not list: {', '.join(unlisted[:5])}"
+            yield Check("container", MANIFEST_NAME, False, detail, {"unlisted": unlisted})
         yield self._same_config()
         for file in sorted(self.folder.glob("*.so*")):
-            is_ours = file.name == library_path().name and file.read_bytes() == library_path().read_bytes()
+            is_ours = file.name == library_path().name and _same_bytes(file, library_path())
             detail = "the library of this installation" if is_ours else "not the library of this installation"
             yield Check("container", file.name, is_ours, detail, gate="byte-equal")
 
@@ -128,8 +134,8 @@ class OnnxTarget:
         """Compare genai_config.json with what we write; only the settings of its search are free."""
         path = self.folder / GENAI_CONFIG
         try:
-            got = parse_object(path.read_bytes(), where=path)
-        except (OSError, MalformedFile) as error:
+            got = parse_object(read_small(path, limit=_MAX_CONFIG_BYTES), where=path)
+        except (UsageError, MalformedFile) as error:
             return Check("container", path.name, False, str(error), gate="as to-onnx writes it")
         expected = json.loads(json.dumps(genai_config(self.checkpoint, self.options)))
         is_same = got.keys() == {"model", "search"} and got["model"] == expected["model"]
@@ -171,6 +177,16 @@ def open_onnx_target(path: Path, checkpoint: Checkpoint, adapters: Sequence[Path
     return OnnxTarget(
         model, checkpoint, _options(model, checkpoint), sources, next(iter(sources)) if has_baked else None
     )
+
+
+def _same_bytes(path: Path, other: Path) -> bool:
+    """Compare a file with one of ours; only one of its size is read."""
+    ours = other.read_bytes()
+    try:
+        file = open_fixed(path)
+        return file.size == len(ours) and file.read_bytes(0, file.size) == ours
+    except (UsageError, MalformedFile):
+        return False
 
 
 def _options(model: OnnxModel, checkpoint: Checkpoint) -> OnnxOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -166,6 +167,23 @@ def test_genai_is_not_run_on_a_configuration_of_others(
     (copy / "genai_config.json").write_text(json.dumps(config))
     seal(copy)
     assert failed(prove(made, copy, GENAI)) == {("container", "genai_config.json")}
+
+
+@pytest.mark.parametrize("name", ["genai_config.json", library_path().name, "notes.so.1", "README.md"])
+@pytest.mark.timeout(60)  # a pipe must not be waited for
+def test_a_file_that_the_manifest_does_not_list_fails(made: Made, copy: Path, name: str) -> None:
+    (copy / name).unlink(missing_ok=True)
+    seal(copy)
+    os.mkfifo(copy / name)
+    fails = {("container", MANIFEST_NAME)} | ({("container", name)} if name != "README.md" else set())
+    assert failed(prove(made, copy, [])) == fails
+
+
+def test_a_configuration_of_megabytes_is_not_read(made: Made, copy: Path) -> None:
+    with (copy / "genai_config.json").open("ab") as file:
+        file.write(b" " * (1 << 20))
+    seal(copy)
+    assert failed(prove(made, copy, [])) == {("container", "genai_config.json")}
 
 
 def test_settings_of_genais_search_are_free(made: Made, copy: Path) -> None:
