@@ -171,8 +171,8 @@ IMPORTANCE_BFLOAT16 = 3e-2
 #: there a step of 2^-7 of the scale moves few of the codes.
 CALIBRATED_CODES = 0.999
 
-#: A log probability of the server, which reads prompts in chunks, against that of the whole text at once: sums
-#: of float32 in another order. A logit below 32 is rounded to 2e-6; ten times that. Measured 2e-6.
+#: A log probability of the server, which reads prompts in chunks, against that of the whole text at once:
+#: sums of float32 in another order. A logit below 32 is rounded to 2e-6; ten times that. Measured 2e-6.
 SERVED_LOGPROB = 2e-5
 
 #: Keys and values in fp16 against float32, logits of a tiny model: rounding by 2^-11 at most, uniform, squared
