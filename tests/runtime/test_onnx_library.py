@@ -17,6 +17,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 import onnx
+import onnxruntime
 from onnx_cases import (
     MARKER,
     K,
@@ -33,7 +34,7 @@ from onnx_cases import (
 
 from irq_formats.errors import UnsupportedModel
 from irq_runtime import _native
-from irq_runtime.onnx import library_path
+from irq_runtime.onnx import library_path, register
 
 NF4 = random_weight("nf4", 64)
 
@@ -107,6 +108,25 @@ def test_an_operator_of_another_name_is_left_to_its_body() -> None:
     proto.graph.node[0].op_type = proto.functions[0].name = "MatMulBlocksNF4v2"
     (y,) = session(proto.SerializeToString()).run(None, {"A": inputs(3)})
     assert (y == MARKER).all()
+
+
+@pytest.mark.parametrize("library", [True, False])
+def test_an_optimised_model_saved_with_the_library_needs_it(library: bool, tmp_path: Path) -> None:
+    """What docs/onnx.md warns of: onnxruntime keeps our nodes and drops their bodies."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    if library:
+        register(options)
+    onnxruntime.InferenceSession(model(NF4), options, providers=["CPUExecutionProvider"])
+    saved = (tmp_path / "optimised.onnx").read_bytes()
+    a = inputs(2)
+    if library:
+        with pytest.raises(Exception, match="MatMulBlocksNF4"):
+            session(saved, library=False)
+        assert (session(saved).run(None, {"A": a})[0] != MARKER).all()
+    else:
+        assert (session(saved, library=False).run(None, {"A": a})[0] == MARKER).all()
 
 
 def test_scale_and_tau_may_be_computed() -> None:
