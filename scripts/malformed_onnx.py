@@ -211,6 +211,22 @@ def _opset(domain: str, version: int) -> Change:
     return change
 
 
+def _not_imported(domain: str) -> Change:
+    def change(proto: onnx.ModelProto) -> None:
+        kept = [entry for entry in proto.opset_import if entry.domain != domain]
+        del proto.opset_import[:]
+        proto.opset_import.extend(kept)
+
+    return change
+
+
+def _of_ir(version: int) -> Change:
+    def change(proto: onnx.ModelProto) -> None:
+        proto.ir_version = version
+
+    return change
+
+
 def _operator(domain: str, op_type: str) -> Change:
     def change(proto: onnx.ModelProto) -> None:
         node = _node(proto, DOMAIN)
@@ -269,6 +285,8 @@ _CHANGES: list[tuple[str, str, str, Change]] = [
     ("domain-unknown", _KNOWN, "unknown domain", _opset("evil.ops", 1)),
     ("domain-version", _KNOWN, "unknown domain", _opset("irq", 2)),
     ("opset-version", _KNOWN, "unknown domain", _opset("", 99)),
+    ("ir-version", _KNOWN, "unknown version of ONNX IR", _of_ir(99)),
+    ("domain-not-imported", _KNOWN, "not imported", _not_imported("irq")),
     ("operator-unknown", _KNOWN, "unknown operator", _operator("irq", "RunCommand")),
     ("operator-of-another-domain", _KNOWN, "unknown operator", _operator("ai.onnx.contrib", "PyOp")),
     ("operator-of-onnxruntime", _KNOWN, "unknown operator", _operator("com.microsoft", "EPContext")),

@@ -45,9 +45,10 @@ def test_data_is_no_symbolic_link(folder: Path, target: str) -> None:
         open_model(folder)
 
 
-def test_data_has_no_second_name(folder: Path) -> None:
+@pytest.mark.parametrize("name", [DATA_NAME, MODEL_NAME])
+def test_files_have_no_second_name(folder: Path, name: str) -> None:
     """A hard link to a secret cannot be told from the file by its path."""
-    os.link(folder / DATA_NAME, folder.parent / "secret")
+    os.link(folder / name, folder.parent / "secret")
     with pytest.raises(MalformedFile, match="is a link"):
         open_model(folder)
 

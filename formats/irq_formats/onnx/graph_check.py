@@ -8,7 +8,7 @@ must agree: kernels read as many bytes as the attributes say.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ import onnx
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.errors import IrqError, MalformedFile
 from irq_formats.onnx.codes import codes_shape
-from irq_formats.onnx.operators import DOMAIN, OPSETS, VERSION
+from irq_formats.onnx.operators import DOMAIN, IR_VERSION, OPSETS, VERSION
 from irq_formats.onnx.ops import CONTRIB
 
 __all__ = ["StoredShape", "check_graph"]
@@ -73,7 +73,9 @@ class _Checker:
 
     def check(self) -> None:
         graph = self._proto.graph
-        self._versions(self._proto.opset_import)
+        if self._proto.ir_version != IR_VERSION:
+            raise self._wrong("unknown version of ONNX IR", expected=IR_VERSION, got=self._proto.ir_version)
+        imported = self._versions(self._proto.opset_import)
         if self._proto.training_info or graph.sparse_initializer:
             raise self._wrong("training information or sparse tensors")
         for tensor in graph.initializer:
@@ -84,7 +86,7 @@ class _Checker:
         outputs = [name for node in graph.node for name in node.output]
         self._unique("values", (name for name in (*outputs, *self._tensors) if name))
         for node in graph.node:
-            self._node(node)
+            self._node(node, imported)
             if node.domain == DOMAIN:
                 self._block_node(node)
             elif node.op_type in _PRODUCTS:
@@ -92,7 +94,8 @@ class _Checker:
         for function in self._proto.functions:
             self._function(function)
 
-    def _versions(self, imports: Iterable[onnx.OperatorSetIdProto]) -> None:
+    def _versions(self, imports: Sequence[onnx.OperatorSetIdProto]) -> set[str]:
+        """Check versions; return the domains that are imported."""
         for entry in imports:
             if _VERSIONS.get(entry.domain) != entry.version:
                 expected = ", ".join(
@@ -100,8 +103,9 @@ class _Checker:
                 )
                 got = f"{entry.domain[:40] or 'ai.onnx'} {entry.version}"
                 raise self._wrong("unknown domain or version", expected=expected, got=got)
+        return {entry.domain for entry in imports}
 
-    def _node(self, node: onnx.NodeProto, *, in_function: bool = False) -> None:
+    def _node(self, node: onnx.NodeProto, imported: set[str], *, in_function: bool = False) -> None:
         is_known = (
             node.domain == ""
             or (node.domain == CONTRIB and node.op_type in _CONTRIB_OPS)
@@ -109,6 +113,8 @@ class _Checker:
         )
         if not is_known or node.overload:
             raise self._wrong("unknown operator", got=f"{node.domain[:40]}::{node.op_type[:40]}")
+        if node.domain not in imported:
+            raise self._wrong("a domain that is not imported", got=f"{node.domain}: {node.op_type[:40]}")
         self._unique("attributes", (attribute.name for attribute in node.attribute))
         for attribute in node.attribute:
             if attribute.type in (_AttributeType.GRAPH, _AttributeType.GRAPHS) or attribute.HasField("g"):
@@ -182,9 +188,9 @@ class _Checker:
         """A body: of one of our operators, and its products are those of the node it stands for."""
         if function.domain != DOMAIN or function.name not in _OPERATORS or function.overload:
             raise self._wrong("unknown function", got=f"{function.domain[:40]}::{function.name[:40]}")
-        self._versions(function.opset_import)
+        imported = self._versions(function.opset_import)
         for node in function.node:
-            self._node(node, in_function=True)
+            self._node(node, imported, in_function=True)
             if node.op_type not in _PRODUCTS:
                 continue
             own = {a.name: a.ref_attr_name or a.i for a in node.attribute}

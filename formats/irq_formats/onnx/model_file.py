@@ -122,9 +122,7 @@ def open_model(path: str | Path) -> OnnxModel:
     """
     path = Path(path)
     path = path / MODEL_NAME if path.is_dir() else path
-    if path.is_symlink():
-        raise MalformedFile("the model is a link", where=path, expected="a regular file")
-    file = open_fixed(path)
+    file = _open_unlinked(path, "the model")
     if file.size > _MAX_GRAPH_BYTES:
         raise MalformedFile("too large", where=path, expected=f"<= {_MAX_GRAPH_BYTES} bytes", got=file.size)
     graph = file.read_bytes(0, file.size)
@@ -173,15 +171,23 @@ def _data_file(path: Path, external: Iterable[onnx.TensorProto]) -> FixedFile:
         )
     target = path.parent / name
     try:
-        status = os.lstat(target)
-        if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
-            raise MalformedFile("external data is a link", where=target, expected="a file of one name")
-        data = open_fixed(target)
-    except (UsageError, OSError, ValueError) as error:
+        return _open_unlinked(target, "external data")
+    except UsageError as error:
         raise MalformedFile("external data is missing", where=target) from error
-    if data.identity[:2] != (status.st_dev, status.st_ino):
-        raise MalformedFile("external data was replaced while it was opened", where=target)
-    return data
+
+
+def _open_unlinked(path: Path, what: str) -> FixedFile:
+    """Open a file that is no link and has no second name."""
+    try:
+        status = os.lstat(path)
+    except (OSError, ValueError) as error:
+        raise UsageError("cannot be opened", where=path, got=error) from error
+    if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1):
+        raise MalformedFile(f"{what} is a link", where=path, expected="a file of one name")
+    file = open_fixed(path)
+    if file.identity[:2] != (status.st_dev, status.st_ino):
+        raise MalformedFile(f"{what} was replaced while it was opened", where=path)
+    return file
 
 
 def _stored(path: Path, tensor: onnx.TensorProto, size: int) -> StoredTensor:
