@@ -113,7 +113,7 @@ class _Encoder:
         self._trained = AutoTokenizer.from_pretrained(target.checkpoint.path)
         self._files = [
             file.name
-            for pattern in ("tokenizer*", "chat_template*", "generation_config.json")
+            for pattern in ("tokenizer*", "chat_template*", "config.json", "generation_config.json")
             for file in sorted(target.checkpoint.path.glob(pattern))
             if file.is_file()
         ]

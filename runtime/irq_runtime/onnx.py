@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakSet
 
 from irq_formats.errors import UnsupportedModel
 from irq_runtime import _native
@@ -25,6 +26,10 @@ class SessionOptions(Protocol):
 
     def register_custom_ops_library(self, path: str, /) -> None:
         """Load a library and let it add its operators."""
+
+
+#: Options that have our kernels; they are forgotten with their last user.
+_registered: WeakSet[SessionOptions] = WeakSet()
 
 
 def library_path() -> Path:
@@ -49,10 +54,14 @@ def register(session_options: SessionOptions) -> None:
     They run on the CPU. In a session that also uses another execution provider, onnxruntime would still give
     them the quantised layers and copy activations to and fro, so leave them out there.
 
+    Options that have them already are left as they are: onnxruntime takes a domain once.
+
     Args:
         session_options: An ``onnxruntime.SessionOptions``, version 1.17 or later.
 
     Raises:
         UnsupportedModel: This installation has no library.
     """
-    session_options.register_custom_ops_library(str(library_path()))
+    if session_options not in _registered:
+        session_options.register_custom_ops_library(str(library_path()))
+        _registered.add(session_options)

@@ -186,6 +186,16 @@ def test_a_configuration_of_megabytes_is_not_read(made: Made, copy: Path) -> Non
     assert failed(prove(made, copy, [])) == {("container", "genai_config.json")}
 
 
+def test_the_folder_is_known_as_one_of_hugging_face(made: Made, copy: Path) -> None:
+    config = copy / "config.json"
+    assert config.read_bytes() == (made.checkpoint / "config.json").read_bytes()
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoTokenizer": "evil.Code"}})
+    )
+    seal(copy)
+    assert failed(prove(made, copy, [])) == {("tokenizer", "files")}
+
+
 def test_settings_of_genais_search_are_free(made: Made, copy: Path) -> None:
     config = json.loads((copy / "genai_config.json").read_text())
     config["search"] |= {"temperature": 0.6, "do_sample": True}

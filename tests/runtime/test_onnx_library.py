@@ -110,6 +110,18 @@ def test_an_operator_of_another_name_is_left_to_its_body() -> None:
     assert (y == MARKER).all()
 
 
+def test_kernels_are_registered_once() -> None:
+    """A second time, onnxruntime would refuse the session: "Domain already set in registry"."""
+    for _ in range(2):  # new options, perhaps in the place of the old ones
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        register(options)
+        register(options)
+        run = onnxruntime.InferenceSession(model(NF4), options, providers=["CPUExecutionProvider"])
+        assert (run.run(None, {"A": inputs(2)})[0] != MARKER).all()
+        del options
+
+
 @pytest.mark.parametrize("library", [True, False])
 def test_an_optimised_model_saved_with_the_library_needs_it(library: bool, tmp_path: Path) -> None:
     """What docs/onnx.md warns of: onnxruntime keeps our nodes and drops their bodies."""

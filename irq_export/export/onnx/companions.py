@@ -23,6 +23,7 @@ _PATTERNS = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "config.json",  # by which tools know a Hugging Face folder
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
