@@ -43,7 +43,8 @@ _PATH = click.Path(path_type=Path)
     type=click.Choice(["gqa", "standard"]),
     default="gqa",
     show_default=True,
-    help="gqa: onnxruntime's GroupQueryAttention, as onnxruntime-genai wants it. standard: ONNX alone.",
+    help="gqa: onnxruntime's GroupQueryAttention, as onnxruntime-genai wants it. standard: attention in "
+    "plain ONNX operators; nf4 and int4 matrices still need onnxruntime's own.",
 )
 @click.option(
     "--dtype",

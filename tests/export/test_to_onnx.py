@@ -112,6 +112,19 @@ def test_profile_stock_has_no_domain_of_ours(attention, codebook, made, tmp_path
     assert nmse(OnnxRunner(tmp_path / "o").logits(IDS), torch_logits(made("qwen3", codebook))) <= NMSE_FLOAT32
 
 
+@pytest.mark.parametrize("codebook", ["nf4", "int3", "nf3"])
+def test_what_the_help_says_of_attention(codebook, made, tmp_path):
+    """Attention in plain ONNX is not the whole model in plain ONNX."""
+    text = " ".join(CliRunner().invoke(main, ["to-onnx", "--help"]).stdout.split())
+    assert "nf4 and int4 matrices still need onnxruntime's own" in text
+    for bits, plain in (("4", ("nf3", "nf2")), ("own", ("nf3", "nf2", "int3", "int2"))):
+        output = tmp_path / bits
+        to_onnx(made("llama", codebook), output, profile="stock", attention="standard", int_bits=bits)
+        operators = {node.op_type for node in open_model(output).proto.graph.node if node.domain}
+        expected = {"MatMulBnb4"} if codebook == "nf4" else {"MatMulNBits"}
+        assert operators == (set() if codebook in plain else expected)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("embedding", [True, False])
 @pytest.mark.parametrize("profile", ["irq", "stock"])

@@ -97,7 +97,7 @@ class GqaAttention:
 
 
 class StandardAttention:
-    """The same in operators of ONNX alone; the mask may have zeros anywhere.
+    """Attention in operators of ONNX alone; the mask may have zeros anywhere.
 
     Query heads that share a key head are stacked along the sequence, so that keys are not repeated::
 

@@ -123,7 +123,8 @@ def to_onnx(
         checkpoint: Directory that ``quantize`` or training wrote.
         output: The directory to write.
         profile: ``irq`` (operators of our domain with function bodies) or ``stock`` (the bodies alone).
-        attention: ``gqa`` (onnxruntime's GroupQueryAttention) or ``standard`` (plain ONNX operators).
+        attention: ``gqa`` (onnxruntime's GroupQueryAttention) or ``standard`` (plain ONNX operators), of
+            the attention alone.
         dtype: ``f32`` or ``f16``.
         adapters: PEFT directories, each written as ``NAME.onnx_adapter``; none takes the checkpoint's own.
         bake_adapter: Put the one adapter into the model, as side branches.

@@ -24,7 +24,8 @@ class OnnxOptions:
 
     Attributes:
         profile: ``irq`` (operators of our domain with function bodies) or ``stock`` (the bodies alone).
-        attention: ``gqa`` (onnxruntime's GroupQueryAttention) or ``standard`` (plain ONNX operators).
+        attention: ``gqa`` (onnxruntime's GroupQueryAttention) or ``standard`` (plain ONNX operators; the
+            matrices of nf4 and int4 are products of onnxruntime's own nevertheless).
         dtype: ``f32`` or ``f16``, of activations and of everything that is not a code, a norm or an adapter.
         adapters: PEFT directories; none takes the checkpoint's own, if it has one.
         bake_adapter: Put the one adapter into the model, as side branches that cannot be swapped.
