@@ -1,8 +1,8 @@
-// The vector operations of AArch64 with the dot-product extension, 4 floats wide.
+// The vector operations of AArch64, 4 floats wide; no extension is needed.
 //
 // Exact: tbl looks 16 bytes up at once, so a table of floats is four tables, one for each byte of the float
-// (ld4 splits them), and zips put the bytes together again. Fast: the same with the two bytes of a weight's
-// code; smlal multiplies words and adds.
+// (ld4 splits them), and zips put the bytes together again. Fast on words: the same with the two bytes of a weight's
+// code; smlal multiplies words and adds. Fast on bytes, with the dot-product extension: neon_bytes.h.
 #pragma once
 
 #include <arm_neon.h>
@@ -49,7 +49,9 @@ struct Neon {
     static uint8x16_t load16(const void *p) { return vld1q_u8(static_cast<const std::uint8_t *>(p)); }
     static uint8x8_t load8(const void *p) { return vld1_u8(static_cast<const std::uint8_t *>(p)); }
 
-    static float load_half(const void *p) { return irq::load_f16(p); }
+    static float load_half(const void *p) {
+        return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(load_as<std::uint16_t>(p)))), 0);
+    }
     static Vec load_f16(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u8(load8(p))); }
     static Vec load_bf16(const void *p) {
         return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(load8(p)), 16));
@@ -63,20 +65,33 @@ struct Neon {
 
     static void expand_dq8(const std::uint8_t *index, std::size_t n, float absmax, float offset, bool round_half,
                            float *out) {
-        for (std::size_t i = 0; i < n; i += 4) {
-            float mapped[4] = {};
-            for (std::size_t j = 0; j < 4 && i + j < n; ++j) mapped[j] = irq_dynamic_map[index[i + j]];
-            Vec value = add(mul(load(mapped), set1(absmax)), set1(offset));
+        const auto expand_four = [=](const std::uint8_t *at, float *to) {
+            const Vec mapped = {irq_dynamic_map[at[0]], irq_dynamic_map[at[1]], irq_dynamic_map[at[2]],
+                                irq_dynamic_map[at[3]]};
+            Vec value = add(mul(mapped, set1(absmax)), set1(offset));
             if (round_half) value = vcvt_f32_f16(vcvt_f16_f32(value));
-            store(out + i, value);
-        }
+            store(to, value);
+        };
+        std::size_t i = 0;
+        for (; i + 4 <= n; i += 4) expand_four(index + i, out + i);
+        if (i == n) return;
+        std::uint8_t last[4] = {};
+        std::memcpy(last, index + i, n - i);
+        expand_four(last, out + i);
     }
 
-    // 4 in every byte whose bit is set.
-    static uint8x16_t spread_bits(const std::uint8_t *p) {
+    // The Block / 8 bytes of bits at p, again and again.
+    template <int Block>
+    static uint8x16_t load_bits(const std::uint8_t *p) {
+        if constexpr (Block == 64) return vreinterpretq_u8_u64(vdupq_n_u64(load_as<std::uint64_t>(p)));
+        else return vreinterpretq_u8_u32(vdupq_n_u32(load_as<std::uint32_t>(p)));
+    }
+    // All ones in byte j where bit 16 * i + j is set.
+    static uint8x16_t spread_bits(uint8x16_t bits, int i) {
         constexpr std::uint8_t each[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-        const uint8x16_t bytes = vcombine_u8(vdup_n_u8(p[0]), vdup_n_u8(p[1]));
-        return vandq_u8(vtstq_u8(bytes, vld1q_u8(each)), vdupq_n_u8(4));
+        constexpr std::uint8_t at[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+        const uint8x16_t index = vaddq_u8(vld1q_u8(at), vdupq_n_u8(static_cast<std::uint8_t>(2 * i)));
+        return vtstq_u8(vqtbl1q_u8(bits, index), vld1q_u8(each));
     }
 
     // The codes of one block, in order.
@@ -103,9 +118,12 @@ struct Neon {
                 out[0] = vcombine_u8(codes, vshr_n_u8(codes, 2));
                 out[1] = vcombine_u8(vshr_n_u8(codes, 4), vshr_n_u8(codes, 6));
             }
-            for (int i = 0; i < L::block / 16; ++i) {
-                out[i] = vandq_u8(out[i], vdupq_n_u8(3));
-                if constexpr (L::bits == 3) out[i] = vorrq_u8(out[i], spread_bits(p + L::block / 4 + 2 * i));
+            for (int i = 0; i < L::block / 16; ++i) out[i] = vandq_u8(out[i], vdupq_n_u8(3));
+            if constexpr (L::bits == 3) {
+                const uint8x16_t bits = load_bits<L::block>(p + L::block / 4);
+                for (int i = 0; i < L::block / 16; ++i) {
+                    out[i] = vbslq_u8(vdupq_n_u8(4), spread_bits(bits, i), out[i]);
+                }
             }
         }
     }
@@ -150,7 +168,7 @@ struct Neon {
         }
     }
 
-    // --- fast ---
+    // --- fast, words ---
 
     using Words = int16x8_t;
     using Products = int32x4_t;
