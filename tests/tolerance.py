@@ -98,12 +98,12 @@ KERNEL_EXACT_NMSE = 1e-12
 #: that, for one input of 600 columns against 71 rows scatters by up to a factor of 2 (measured 2.4e-7).
 KERNEL_FAST_NMSE = 4e-7
 
-#: The same where bytes are multiplied (avx512, dotprod, scalar8). Inputs, gemm: step d = max / 127 in groups of 32,
-#: d^2 / 12; for 32 normal values E[max^2] = 5.2, so 5.2 / 127^2 / 12 = 2.7e-5. gemv: groups of 64, a step 256
-#: times smaller, 5.1e-10; and avx512 takes 128 times the inputs off in float32, up to a hundred times what is
-#: left (nf2, int2): (100 * 2^-24)^2 = 4e-11; dotprod, whose codes are signed, has nothing to take off. Table:
-#: 1.1e-5 of the weights (src/kernels/matrix.cpp), with uniformly random codes up to half as much again. Twice
-#: that for scatter, as above.
+#: The same where bytes are multiplied (avx512, dotprod, scalar8). Inputs, gemm: step d = max / 127 in groups
+#: of 32, d^2 / 12; for 32 normal values E[max^2] = 5.2, so 5.2 / 127^2 / 12 = 2.7e-5. gemv: groups of 64, a
+#: step 256 times smaller, 5.1e-10; and avx512 takes 128 times the inputs off in float32, up to a hundred
+#: times what is left (nf2, int2): (100 * 2^-24)^2 = 4e-11; dotprod, whose codes are signed, has nothing to
+#: take off. Table: 1.1e-5 of the weights (src/kernels/matrix.cpp), with uniformly random codes up to half as
+#: much again. Twice that for scatter, as above.
 KERNEL_BYTES_NMSE = {"gemm": 2 * 2.7e-5, "gemv": 2 * 5.5e-10, "table": 2 * 1.7e-5}
 
 #: Engine in fast mode against exact, logits of a tiny model. Words: 1.3e-7 a product (KERNEL_FAST_NMSE), ten

@@ -102,7 +102,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size
 
     const irq::Isa before = irq::active_isa();
     std::vector<float> reference, weight(w.rows * w.columns), y(tokens * w.rows);
-    for (const irq::Isa isa : {irq::Isa::scalar, irq::Isa::avx2, irq::Isa::avx512, irq::Isa::neon}) {
+    for (const irq::Isa isa : irq::all_isas) {
         if (!irq::set_active_isa(isa)) continue;
         irq::dequantize_rows(w, 0, w.rows, weight.data());
         if (reference.empty()) reference = weight;

@@ -47,7 +47,7 @@ bool check(const std::filesystem::path &path) {
 
 int main(int argc, char **argv) {
     int cases = 0, failed = 0;
-    for (const irq::Isa isa : {irq::Isa::scalar, irq::Isa::avx2, irq::Isa::avx512, irq::Isa::neon}) {
+    for (const irq::Isa isa : irq::all_isas) {
         if (!irq::set_active_isa(isa)) continue;
         for (const auto &entry : std::filesystem::directory_iterator(argc > 1 ? argv[1] : ".")) {
             if (entry.path().extension() != ".bin") continue;

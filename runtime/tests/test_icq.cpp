@@ -129,7 +129,7 @@ void check(const irq::IcqBook &book, std::size_t n, std::size_t candidates, floa
             std::tie(scale[b], tau[b]) = naive(book, search, blocks.data() + b * book.block_size);
         }
         std::vector<Result> baseline;
-        for (const irq::Isa isa : {irq::Isa::scalar, irq::Isa::avx2, irq::Isa::avx512, irq::Isa::neon}) {
+        for (const irq::Isa isa : irq::all_isas) {
             if (!irq::set_active_isa(isa)) continue;
             const std::string what = "book of " + std::to_string(book.codes) + ", search " + std::to_string(kind);
             for (const bool refit : {false, true}) {

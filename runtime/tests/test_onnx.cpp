@@ -323,7 +323,7 @@ int main() {
     expect(message_of(RegisterCustomOps(&options, &base)).empty(), "registration");
     expect(message_of(RegisterCustomOps(&options, &base)).empty(), "registration for a second session");
     expect(options.domain != nullptr && options.domain->ops.size() == 2 * IRQ_CODEBOOK_COUNT, "operators");
-    for (const irq::Isa isa : {irq::Isa::scalar, irq::Isa::avx2, irq::Isa::avx512, irq::Isa::neon}) {
+    for (const irq::Isa isa : irq::all_isas) {
         if (failures == 0 && irq::set_active_isa(isa)) check_all(options);
     }
     delete options.domain;

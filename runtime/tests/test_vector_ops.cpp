@@ -152,7 +152,7 @@ void check_all() {
 }  // namespace
 
 int main() {
-    for (const irq::Isa isa : {irq::Isa::scalar, irq::Isa::avx2, irq::Isa::avx512, irq::Isa::neon}) {
+    for (const irq::Isa isa : irq::all_isas) {
         if (!irq::set_active_isa(isa)) continue;
         std::printf("%s\n", irq::isa_name(isa));
         check_all();

@@ -18,8 +18,8 @@ from irq_runtime import _native
 from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model
 
-ISAS = ("scalar", "scalar8", "avx2", "avx512", "neon")
-BYTES = ("scalar8", "avx512")  # multiply bytes in fast mode, the others words
+ISAS = ("scalar", "scalar8", "avx2", "avx512", "neon", "dotprod")
+BYTES = ("scalar8", "avx512", "dotprod")  # multiply bytes in fast mode, the others words
 SPLIT = 100  # tokens of the prompt; the others come one by one
 
 

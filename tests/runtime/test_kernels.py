@@ -21,9 +21,9 @@ from irq_runtime.kernels import block_weight, stock_weight
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-ISAS = ("scalar", "scalar8", "avx2", "avx512", "neon")
+ISAS = ("scalar", "scalar8", "avx2", "avx512", "neon", "dotprod")
 TABLE_ERROR = 0.0045  # of the largest level: 8-bit tables (src/kernels/matrix.cpp)
-BYTES = ("scalar8", "avx512")  # multiply bytes in fast mode, the others words
+BYTES = ("scalar8", "avx512", "dotprod")  # multiply bytes in fast mode, the others words
 FEW_TOKENS = 8  # irq/kernels.h: inputs of so many are prepared for gemv
 STOCK = (GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1)
 CODECS = [(name, size) for name in CODEBOOKS for size in ((32,) if name == "int8" else (32, 64))]

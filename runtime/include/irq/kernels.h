@@ -5,9 +5,9 @@
 //   gemv, gemm   any range of rows: threads split the rows, nothing is shared but read-only memory
 //
 // Two modes. `exact`: float32 weights by table look-up, float32 sums. `fast`: integer sums inside a block,
-// float32 across blocks, of inputs in 12 bits and 16-bit tables, or (avx512) of inputs in 8 bits (gemv: twice 8) and 8-bit tables;
-// float carriers (f32, f16, bf16) are exact in both. No function here allocates, except the constructor of Activations.
-// Pointers need only their element's alignment. Arrays are dense and row-major.
+// float32 across blocks, of inputs in 12 bits and 16-bit tables, or (avx512, dotprod) of inputs in 8 bits
+// (gemv: twice 8) and 8-bit tables; float carriers (f32, f16, bf16) are exact in both. No function here allocates,
+// except the constructor of Activations. Pointers need only their element's alignment. Arrays are dense and row-major.
 #pragma once
 
 #include <cstddef>
@@ -61,7 +61,7 @@ inline constexpr std::size_t few_tokens = 8;   // up to here fast mode prepares 
 inline constexpr std::size_t row_tile = 32;    // row ranges for threads are best cut at multiples of this
 
 // One input vector. From `scale` on null in exact mode. Sets of instructions that multiply words read `codes`;
-// those that multiply bytes read `bytes` and the starts.
+// those that multiply bytes read `bytes`, and where codes of weights are unsigned (AVX-512) the starts.
 struct TokenInput {
     float *x;                  // (stride,)
     float *sum;                // (stride / 32,): of x

@@ -83,11 +83,6 @@ inline void prepare_bytes(const float *x, std::size_t columns, std::size_t strid
     }
 }
 
-// What of the offset of a table's codes is not taken off in integers.
-inline float residual_offset(const ByteTable &table) {
-    return table.offset + table.step * static_cast<float>(table.bias);
-}
-
 // Columns go 64 at a time, one block or two; where 64 bytes are two whole blocks, 128.
 template <class S, class L>
 class ByteDot {

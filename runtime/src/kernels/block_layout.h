@@ -98,6 +98,11 @@ inline float code_rate(float largest, int largest_code) {
     return largest > 0x1p-110f ? static_cast<float>(largest_code) / largest : 0.0f;
 }
 
+// What of the offset of a table's codes is not taken off in integers: it joins tau.
+inline float residual_offset(const ByteTable &table) {
+    return table.offset + table.step * static_cast<float>(table.bias);
+}
+
 inline const std::uint8_t *row_data(const Matrix &w, std::size_t row) {
     return static_cast<const std::uint8_t *>(w.data) + row * w.row_bytes();
 }

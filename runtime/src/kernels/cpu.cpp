@@ -12,8 +12,7 @@
 namespace irq {
 namespace {
 
-constexpr const char *names[] = {"scalar", "scalar8", "avx2", "avx512", "neon"};
-constexpr int isa_count = 5;
+constexpr const char *names[] = {"scalar", "scalar8", "avx2", "avx512", "neon", "dotprod"};
 
 #if defined(__x86_64__)
 
@@ -59,13 +58,13 @@ bool runs(Isa isa) { return isa == Isa::scalar8 || isa <= best_isa(); }  // each
 Isa best_isa() {
 #if defined(__linux__)
     const unsigned long dot_product = 1ul << 20;  // HWCAP_ASIMDDP
-    return (getauxval(AT_HWCAP) & dot_product) != 0 ? Isa::neon : Isa::scalar;
+    return (getauxval(AT_HWCAP) & dot_product) != 0 ? Isa::dotprod : Isa::neon;
 #else
-    return Isa::neon;  // every Apple processor has it
+    return Isa::dotprod;  // every Apple M processor has it
 #endif
 }
 
-bool runs(Isa isa) { return isa <= Isa::scalar8 || isa == best_isa(); }
+bool runs(Isa isa) { return isa <= Isa::scalar8 || isa == Isa::neon || isa == best_isa(); }
 
 #else
 
@@ -97,9 +96,9 @@ Choice &choice() {
 const char *isa_name(Isa isa) { return names[static_cast<int>(isa)]; }
 
 bool isa_from_name(const char *name, Isa *isa) {
-    for (int i = 0; i < isa_count; ++i) {
-        if (std::strcmp(name, names[i]) == 0) {
-            *isa = static_cast<Isa>(i);
+    for (const Isa one : all_isas) {
+        if (std::strcmp(name, isa_name(one)) == 0) {
+            *isa = one;
             return true;
         }
     }

@@ -22,7 +22,8 @@ extern const KernelTable scalar8_kernels;  // bytes
 extern const KernelTable avx2_kernels;    // words
 extern const KernelTable avx512_kernels;  // bytes
 #elif defined(__aarch64__)
-extern const KernelTable neon_kernels;  // words
+extern const KernelTable neon_kernels;     // words
+extern const KernelTable dotprod_kernels;  // bytes
 #endif
 
 // Fast mode comes in two forms; prepare, gemv and gemm of a set agree on one.
@@ -36,8 +37,8 @@ struct CodeTable {
 
 constexpr int largest_weight_code = 16383, largest_input_code = 2047;
 
-// Bytes: unsigned 8 bits by signed 8 bits. level[q] is offset + step * code[q], exact for the integer
-// codebooks; the others are the least-squares fit under a Gaussian's code frequencies (NMSE of the weights
+// Bytes: 8 bits, unsigned or less their bias, by signed 8 bits. level[q] is offset + step * code[q], exact for the
+// integer codebooks; the others are the least-squares fit under a Gaussian's code frequencies (NMSE of the weights
 // 1.1e-5). An input is scale * (high + low / 256) for gemv, scale * code for gemm.
 struct ByteTable {
     std::uint8_t code[16];

@@ -38,6 +38,7 @@ const KernelTable &kernels() {
         case Isa::avx512: return avx512_kernels;
 #elif defined(__aarch64__)
         case Isa::neon: return neon_kernels;
+        case Isa::dotprod: return dotprod_kernels;
 #endif
         default: return scalar_kernels;
     }

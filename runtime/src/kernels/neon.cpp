@@ -1,4 +1,4 @@
-// Compiled with -march=armv8.2-a+dotprod; runs only where cpu.cpp says so.
+// Compiled for every AArch64.
 #include "neon_ops.h"
 #include "simd_gemm.h"
 

@@ -149,7 +149,7 @@ float dot_bytes(const Matrix &w, std::size_t row, const TokenInput &in, bool for
             part += in.scale[(b * L::block + g) / size] * static_cast<float>(sum);
         }
         const float scale = block_scale(w, block, k), step = for_gemv ? table.step / low_terms : table.step;
-        const float offset = scale * (table.offset + table.step * static_cast<float>(table.bias));
+        const float offset = scale * residual_offset(table);
         total += scale * step * part + (block_tau(w, block, k) + offset) * block_sums<L>(in)[b];
     }
     return total;
