@@ -175,6 +175,6 @@ CALIBRATED_CODES = 0.999
 #: sums of float32 in another order. A logit below 32 is rounded to 2e-6; ten times that. Measured 2e-6.
 SERVED_LOGPROB = 2e-5
 
-#: Keys and values in fp16 against float32, logits of a tiny model: rounding by 2^-11 at most, uniform, squared
+#: Keys and values in fp16 against float32, logits of a tiny model: rounding by up to 2^-11, uniform, squared
 #: 2^-22 / 3 = 8e-8 for keys and values each, a factor 3 of amplification (NMSE_FAST_TINY): 5e-7. Twice that.
 NMSE_HALF_CACHE = 1e-6
