@@ -105,7 +105,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--formats", nargs="+", default=[*BLOCKS, *ROW_BYTES])
-    parser.add_argument("--isas", nargs="+", default=["avx512", "avx2", "neon", "scalar"])
+    parser.add_argument("--isas", nargs="+", default=["avx512", "avx2", "dotprod", "neon", "scalar"])
     parser.add_argument("--modes", nargs="+", default=["exact", "fast"])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])

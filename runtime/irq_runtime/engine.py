@@ -37,7 +37,7 @@ class EngineInfo:
         file_bytes: Of the model, all shards.
         bytes_per_token: Of weights and adapters read to decode one token.
         sequence_bytes: Keys and values of one full sequence.
-        isa: Instruction set in use: ``scalar``, ``avx2``, ``avx512`` or ``neon``.
+        isa: Instruction set in use: ``scalar``, ``scalar8``, ``avx2``, ``avx512``, ``neon`` or ``dotprod``.
     """
 
     vocab_size: int
