@@ -116,7 +116,7 @@ void swiglu(float *gate, const float *up, std::size_t size) {
     std::memcpy(gate + i, g, (size - i) * sizeof *g);
 }
 
-// Scores of Q queries at V vectors of positions from `keys` on, by U dimensions at a time: Q * V * U sums in flight hide
+// Scores of Q queries at V vectors of positions from `keys` on, U dimensions at a time: Q * V * U sums in flight hide
 // the latency of addition.
 template <std::size_t Q, std::size_t V, std::size_t U, typename Element>
 void score_tile(const float *q, const Element *keys, std::size_t head_dim, float scale, float *scores,
