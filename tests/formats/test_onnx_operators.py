@@ -116,6 +116,16 @@ def test_reference_evaluator_agrees(codebook, carried, block_size, has_tau):
     assert relative(evaluator.run(None, {"x": x})[0], expected) <= ONNX_BODY_RELATIVE
 
 
+def test_bodies_are_small():
+    """What docs/onnx.md says of their sizes: onnxruntime inlines a body for every matrix."""
+    sizes = {}
+    for codebook in CODEBOOKS:
+        operator = Operator(codebook, 32, codebook != "int8")
+        sizes[codebook] = sum(node.op_type != "Constant" for node in function(operator))
+    small = {"nf4": 10, "int4": 10, "int8": 13}
+    assert sizes == small | {"nf2": 23, "int2": 23, "nf3": 32, "int3": 32}
+
+
 @pytest.mark.parametrize("codebook", ["nf3", "nf2"])
 def test_look_up_weights_are_bit_exact(codebook):
     """Rows of the identity return the decoded matrix itself."""

@@ -86,7 +86,8 @@ def body(
     if operator.codebook in ("nf4", "int4"):
         return _stock_product(operator, ops, a, codes, scale, tau, n=n, k=k)
     if operator.codebook == "int8":
-        return _left_product(ops, _dequantize(operator, ops, codes, scale), a, a)
+        rows = ops("Flatten", a, axis=-1)
+        return _left_product(ops, _dequantize(operator, ops, codes, scale), rows, a)
     return _look_up(operator, ops, a, codes, scale, tau)
 
 
@@ -140,7 +141,8 @@ def _stock_product(
         return product
     lead, blocks = ops("Shape", a, end=-1), ops("Shape", tau, start=1)
     blocked = ops("Concat", lead, blocks, ops.const([operator.block_size]), axis=0)
-    ones = ops.const(np.ones((operator.block_size, 1), operator.dtype))  # ReduceSum errs on empty batches
+    # ReduceSum errs on empty batches, and so does MatMul with a vector (until onnxruntime 1.32)
+    ones = ops.const(np.ones((operator.block_size, 1), operator.dtype))
     sums = ops("Squeeze", ops("MatMul", ops("Reshape", a, blocked, allowzero=1), ones), ops.const([-1]))
     return ops("Add", product, ops("MatMul", sums, ops("Transpose", tau, perm=[1, 0])))
 
@@ -171,7 +173,8 @@ def _look_up(
         weight = ops("Add", weight, ops("Unsqueeze", tau, ops.const([2, 3])))
     weight = ops("Reshape", weight, ops.const([0, -1]))  # (N, K)
     parts = ops("Reshape", a, ops.const([-1, 4, operator.block_size // 4]))
-    return _left_product(ops, weight, ops("Transpose", parts, perm=[0, 2, 1]), a)
+    shape = ops("Concat", ops.const([-1]), ops("Shape", weight, start=1), axis=0)
+    return _left_product(ops, weight, ops("Reshape", ops("Transpose", parts, perm=[0, 2, 1]), shape), a)
 
 
 def _left_product(ops: Ops, weight: ir.Value, inputs: ir.Value, like: ir.Value) -> ir.Value:
@@ -180,14 +183,12 @@ def _left_product(ops: Ops, weight: ir.Value, inputs: ir.Value, like: ir.Value) 
     Args:
         ops: Where to.
         weight: T ``(N, K)``.
-        inputs: x, T, any shape with K in a row.
+        inputs: x, T ``(M, K)``.
         like: T ``(…, K)``: the leading dimensions of the result.
     """
-    rows = ops("Concat", ops.const([-1]), ops("Shape", weight, start=1), axis=0)
-    columns = ops("Transpose", ops("Reshape", inputs, rows), perm=[1, 0])  # (K, M)
-    product = ops("Transpose", ops("MatMul", weight, columns), perm=[1, 0])  # (M, N)
+    product = ops("MatMul", weight, ops("Transpose", inputs, perm=[1, 0]))  # (N, M)
     shape = ops("Concat", ops("Shape", like, end=-1), ops("Shape", weight, end=1), axis=0)
-    return ops("Reshape", product, shape, allowzero=1)
+    return ops("Reshape", ops("Transpose", product, perm=[1, 0]), shape, allowzero=1)
 
 
 def _two_bits(operator: Operator, ops: Ops, index: ir.Value) -> ir.Value:
