@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from irq_runtime.onnx import library_path
 __all__ = ["Case", "OnnxTarget", "open_onnx_target"]
 
 _MAX_CONFIG_BYTES = 1 << 20  # ours have two thousand
+#: What people and hubs add to a folder and no runtime reads.
+_BYSTANDERS = ("README.md", "LICENSE*", ".gitattributes", ".gitignore", ".git/*", ".cache/*")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class OnnxTarget:
         check_manifest(self.folder)
         detail = f"{len(self.model.tensors)} tensors, well formed; every file as its manifest says"
         yield Check("container", self.model.path.name, True, detail)
-        if unlisted := unlisted_files(self.folder):
+        if unlisted := [name for name in unlisted_files(self.folder) if not _is_bystander(name)]:
             detail = f"files that the manifest does not list: {', '.join(unlisted[:5])}"
             yield Check("container", MANIFEST_NAME, False, detail, {"unlisted": unlisted})
         yield self._same_config()
@@ -141,6 +144,10 @@ class OnnxTarget:
         is_same = got.keys() == {"model", "search"} and got["model"] == expected["model"]
         detail = "names this model and no other code" if is_same else "says something else about the model"
         return Check("container", path.name, is_same, detail, gate="as to-onnx writes it")
+
+
+def _is_bystander(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _BYSTANDERS)
 
 
 def open_onnx_target(path: Path, checkpoint: Checkpoint, adapters: Sequence[Path]) -> OnnxTarget:
