@@ -87,15 +87,11 @@ template <class L, std::size_t R, std::size_t T>
 void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, std::size_t token, std::size_t column,
                std::size_t blocks, float *y, std::size_t ldy, Store store) {
     constexpr std::size_t per_block = L::block / group_size;
-    TokenInput in[T];
-    const float *sums[T];
-    for (std::size_t t = 0; t < T; ++t) {
-        in[t] = x.token(token + t);
-        in[t].start += column / group_size;
-        in[t].scale += column / group_size;
-        in[t].bytes += column;
-        sums[t] = block_sums<L>(in[t]) + column / L::block;
-    }
+    const TokenInput first = x.token(token);
+    const std::size_t stride = x.stride(), groups = stride / group_size, sums_stride = stride / L::block;
+    const std::int32_t *in_start = first.start + column / group_size;
+    const float *in_scale = first.scale + column / group_size, *sums = block_sums<L>(first) + column / L::block;
+    const std::int8_t *in = first.bytes + column;
     __m512 total[R][T];
     for (std::size_t r = 0; r < R; ++r) {
         for (std::size_t t = 0; t < T; ++t) total[r][t] = _mm512_setzero_ps();
@@ -103,7 +99,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
     for (std::size_t g = 0; g < blocks * per_block; ++g) {
         __m512i products[R][T];
         for (std::size_t t = 0; t < T; ++t) {
-            const __m512i start = _mm512_set1_epi32(in[t].start[g]);
+            const __m512i start = _mm512_set1_epi32(in_start[t * groups + g]);
             for (std::size_t r = 0; r < R; ++r) products[r][t] = start;
         }
 #pragma GCC unroll 8
@@ -113,7 +109,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
                 codes[r] = _mm512_load_si512(panel.codes[g * (group_size / 4) + k][16 * r]);
             }
             for (std::size_t t = 0; t < T; ++t) {
-                const __m512i four = _mm512_set1_epi32(load_as<std::int32_t>(in[t].bytes + g * group_size + 4 * k));
+                const __m512i four = _mm512_set1_epi32(load_as<std::int32_t>(in + 2 * t * stride + g * group_size + 4 * k));
                 for (std::size_t r = 0; r < R; ++r) {
                     products[r][t] = _mm512_dpbusd_epi32(products[r][t], codes[r], four);
                 }
@@ -123,7 +119,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
         for (std::size_t r = 0; r < R; ++r) {
             const __m512 scale = _mm512_load_ps(&panel.scale[b][16 * r]);
             for (std::size_t t = 0; t < T; ++t) {
-                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in[t].scale[g]));
+                const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in_scale[t * groups + g]));
                 total[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[r][t]), both, total[r][t]);
             }
         }
@@ -131,7 +127,7 @@ void byte_tile(const BytePanel &panel, std::size_t rows, const Activations &x, s
         for (std::size_t r = 0; r < R; ++r) {
             const __m512 tau = _mm512_load_ps(&panel.tau[b][16 * r]);
             for (std::size_t t = 0; t < T; ++t) {
-                total[r][t] = _mm512_fmadd_ps(tau, _mm512_set1_ps(sums[t][b]), total[r][t]);
+                total[r][t] = _mm512_fmadd_ps(tau, _mm512_set1_ps(sums[t * sums_stride + b]), total[r][t]);
             }
         }
     }
