@@ -7,10 +7,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from instruction_sets import ISAS
 from model_cases import MODELS
 from serving import client_of
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
+
+from irq_runtime import _native
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
@@ -18,6 +21,16 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """Every model of tests/model_cases.py in turn."""
     family, options = request.param
     return tiny_model(family, attn_implementation="sdpa", **options)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every set of instructions of this machine in turn, in use."""
+    before = _native.isa()
+    if not _native.set_isa(request.param):
+        pytest.skip(f"this machine does not run {request.param}")
+    yield request.param
+    _native.set_isa(before)
 
 
 @pytest.fixture(scope="session")

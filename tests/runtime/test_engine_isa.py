@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from instruction_sets import BYTES
 from model_cases import nmse
 from tiny_files import block_tensors, write_irq
 from tiny_models import tiny_model, tiny_tokens
@@ -14,22 +14,10 @@ from tolerance import NMSE_FAST_TINY, NMSE_FLOAT32, NMSE_HALF_CACHE
 
 from irq_formats.adapter import random_layer
 from irq_formats.blocks import BlockSpec
-from irq_runtime import _native
 from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model
 
-ISAS = ("scalar", "scalar8", "avx2", "avx512", "neon", "dotprod")
-BYTES = ("scalar8", "avx512", "dotprod")  # multiply bytes in fast mode, the others words
 SPLIT = 100  # tokens of the prompt; the others come one by one
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.isa()
-    if not _native.set_isa(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
-    yield request.param
-    _native.set_isa(before)
 
 
 SHAPES = {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import pytest
+from instruction_sets import BYTES
 from numpy.typing import NDArray
 from tolerance import KERNEL_BYTES_NMSE, KERNEL_EXACT_NMSE, KERNEL_FAST_NMSE, UNIT_ROUNDOFF
 
@@ -21,21 +21,10 @@ from irq_runtime.kernels import block_weight, stock_weight
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-ISAS = ("scalar", "scalar8", "avx2", "avx512", "neon", "dotprod")
 TABLE_ERROR = 0.0045  # of the largest level: 8-bit tables (src/kernels/matrix.cpp)
-BYTES = ("scalar8", "avx512", "dotprod")  # multiply bytes in fast mode, the others words
 FEW_TOKENS = 8  # irq/kernels.h: inputs of so many are prepared for gemv
 STOCK = (GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q8_0, GgmlType.Q4_0, GgmlType.Q4_1)
 CODECS = [(name, size) for name in CODEBOOKS for size in ((32,) if name == "int8" else (32, 64))]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.isa()
-    if not _native.set_isa(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
-    yield request.param
-    _native.set_isa(before)
 
 
 @dataclass(frozen=True)
