@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -99,10 +100,10 @@ def command(
         )
     if earlier is not None:
         found = compare_with_baseline(found, earlier)
-    for path, content in ((report, found.to_json()), (junit, found.to_junit()), (html, to_html(found))):
+    for path, form in ((report, found.to_json), (junit, found.to_junit), (html, partial(to_html, found))):
         if path is not None:
             with atomic_file(path, overwrite=True) as stream:
-                stream.write(content.encode())
+                stream.write(form().encode())
     click.echo(found.to_json() if as_json else found.to_text())
     if not found.passed:
         sys.exit(ParityFailed.exit_code)

@@ -6,6 +6,7 @@ noisier and still passes its gate fails here. Figures and how much each may grow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,9 +118,9 @@ def _compare(old: Mapping[str, Any], new: Check | None) -> Check:
         detail = f"measured over {positions} positions before, {new.values.get('positions')} now"
         return Check("baseline", name, False, detail, gate="the same text and positions")
     values = {
-        key: _figure(figure, old["values"][key], new.values[key], positions)
+        key: _figure(figure, old["values"][key], new.values.get(key, math.nan), positions)
         for key, figure in FIGURES.items()
-        if _is_number(old["values"].get(key)) and _is_number(new.values.get(key))
+        if _is_number(old["values"].get(key))  # null: it was not finite, so nothing can have got worse
     }
     worse = [key for key, value in values.items() if not value["holds"]]
     shown = worse or list(values)[:1]

@@ -122,7 +122,9 @@ def _plot(title: str, note: str, bars: Sequence[_Bar]) -> str:
     last = max(last, first + 1)
 
     def x(value: float) -> float:
-        exponent = first if value <= 0 else min(max(math.log10(value), first), last)
+        if value <= 0:
+            return _LEFT
+        exponent = min(max(math.log10(value), first), last) if math.isfinite(value) else last
         return _LEFT + (exponent - first) / (last - first) * (_WIDTH - _LEFT - 90)
 
     height = _ROW * len(bars) + 30

@@ -247,17 +247,17 @@ def _completion(
 
 
 def _distribution(answer: dict[str, Any], n_vocab: int) -> npt.NDArray[np.float64]:
-    """(n_vocab,) log-probabilities in the order of the ids, renormalised in float64."""
+    """(n_vocab,) log-probabilities in the order of the ids, renormalised in float64; NaN stays NaN."""
     entries = answer["completion_probabilities"][0]["top_logprobs"]
     ids = np.fromiter((entry["id"] for entry in entries), np.int64, count=len(entries))
-    row = np.full(n_vocab, np.nan)
-    row[ids] = np.fromiter((entry["logprob"] for entry in entries), np.float64, count=len(entries))
-    if np.isnan(row).any():
+    if np.unique(ids).size != n_vocab:
         raise IrqError(
             "llama.cpp did not give the whole distribution",
             expected=f"{n_vocab} log-probabilities",
-            got=f"{len(entries)}, {int(np.isnan(row).sum())} missing or not a number",
+            got=f"those of {np.unique(ids).size} tokens",
         )
+    row = np.empty(n_vocab)
+    row[ids] = np.fromiter((entry["logprob"] for entry in entries), np.float64, count=len(entries))
     row = np.maximum(row, LOGPROB_FLOOR)
     normalised: npt.NDArray[np.float64] = row - np.log(np.exp(row).sum())
     return normalised

@@ -56,6 +56,7 @@ def log_softmax(logits: NDArray[np.floating]) -> F64:
     return shifted
 
 
+@np.errstate(invalid="ignore", over="ignore")  # of logits that are not finite
 def compare(
     reference: NDArray[np.floating], candidate: NDArray[np.floating], tokens: NDArray[np.integer]
 ) -> LogitMetrics:
@@ -67,12 +68,12 @@ def compare(
         tokens: The ``n`` tokens both were given.
 
     Returns:
-        The metrics; perplexities are over the ``n - 1`` predicted tokens.
+        The metrics; perplexities are over the ``n - 1`` predicted tokens. Where logits are not finite, NMSE
+        and KL are NaN or infinite, which no gate lets pass.
     """
     p, q = log_softmax(reference), log_softmax(candidate)
     difference = q - p
-    probability = np.exp(p)
-    kl = np.maximum(-(probability * difference).sum(axis=1), 0.0)
+    kl = np.maximum(-(np.exp(p) * difference).sum(axis=1), 0.0)
     rows, following = np.arange(len(tokens) - 1), tokens[1:]
     k = min(10, p.shape[1])
     top_p, top_q = (np.argpartition(x, -k, axis=1)[:, -k:] for x in (p, q))

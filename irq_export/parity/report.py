@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
@@ -42,8 +43,17 @@ class Check:
             "passed": self.passed,
             "detail": self.detail,
             "gate": self.gate,
-            "values": self.values,
+            "values": _plain(self.values),
         }
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

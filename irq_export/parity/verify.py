@@ -297,7 +297,7 @@ def _llama_level(
     yield Check(
         "logits",
         "llama.cpp against torch float32",
-        max(ratios) <= KERNEL_RATIO and metrics.nmse <= LOSSY_NMSE,
+        all(ratio <= KERNEL_RATIO for ratio in ratios) and metrics.nmse <= LOSSY_NMSE,
         f"NMSE {metrics.nmse:.2e}, KL {metrics.kl_mean:.2e}, top-1 {metrics.top1:.1%}; "
         f"its own kernels' noise: NMSE {noise.nmse:.2e}, KL {noise.kl_mean:.2e}",
         {**metrics.to_dict(), "kernel_noise": noise.to_dict()},

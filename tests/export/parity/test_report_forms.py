@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -88,6 +89,29 @@ def test_what_held_must_hold_and_be_checked() -> None:
     other_text = against(report(positions=128), report())
     assert other_text[1].passed is False
     assert "256 positions before, 128 now" in other_text[1].detail
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_a_figure_that_is_no_longer_a_number_fails(value: float | None, repo: Path) -> None:
+    """Also one that is not measured any more; every form of the report can be written."""
+    lost = report(passed=True, nmse=value)
+    if value is None:
+        del lost.checks[1].values["nmse"]
+    found = compare_with_baseline(lost, json.loads(report().to_json()))
+    assert [check.passed for check in found.checks[2:]] == [True, False]
+    document = json.loads(found.to_json())
+    schema = json.loads((repo / "formats" / "schema" / "parity-report.schema.json").read_text())
+    jsonschema.validate(document, schema)
+    assert document["checks"][1]["values"].get("nmse") is None
+    assert ElementTree.fromstring(found.to_junit()).get("failures") == "1"
+    for plot in to_html(found).split("<svg")[1:]:
+        for shape in ElementTree.fromstring("<svg" + plot.split("</svg>")[0] + "</svg>").iter("rect"):
+            assert 330 <= float(shape.get("x", "nan")) <= 900
+
+
+def test_a_baseline_that_was_not_finite_asks_nothing() -> None:
+    old = json.loads(report(passed=False, nmse=math.nan).to_json())
+    assert compare_with_baseline(report(), old).passed
 
 
 @pytest.mark.parametrize(

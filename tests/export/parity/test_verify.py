@@ -152,6 +152,31 @@ def test_one_changed_byte_fails(irq: Case, tmp_path: Path, name: str) -> None:
     assert "tensors" in failed(report)
 
 
+def test_logits_that_are_not_numbers_fail(pair: Case, tmp_path: Path) -> None:
+    """In every runtime, with a report in every form, and exit code 4: CI must not take it for a crash."""
+    broken = tmp_path / "pair"
+    shutil.copytree(pair.exported, broken)
+    tensor = open_gguf(broken / "base.gguf").tensors["output_norm.weight"]
+    with (broken / "base.gguf").open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(np.array([np.nan], "<f4").tobytes())
+    forms = [tmp_path / name for name in ("report.json", "junit.xml", "report.html")]
+    arguments = ["verify", str(broken), "--against", str(pair.checkpoint), "--adapter", str(pair.adapter)]
+    arguments += ["--positions", "8", "--greedy", "3", "--json"]
+    for option, form in zip(("--report", "--junit", "--html"), forms, strict=True):
+        arguments += [option, str(form)]
+    found = CliRunner().invoke(main, arguments)
+    assert found.exit_code == 4, found.output
+    document = json.loads(found.stdout)
+    assert document == json.loads(forms[0].read_text())
+    logits = {check["name"]: check for check in document["checks"] if check["level"] == "logits"}
+    assert len(logits) == 5
+    for name, check in logits.items():
+        assert check["passed"] is (name.startswith("llama.cpp on the float32 re-expansion"))
+        assert (check["values"]["nmse"] is None) is not check["passed"]
+    assert all(form.stat().st_size for form in forms)
+
+
 def test_command_line(irq: Case, tmp_path: Path) -> None:
     arguments = ["verify", str(irq.exported), "--against", str(irq.checkpoint), "--runtime", "reference"]
     arguments += ["--positions", "20", "--greedy", "0"]
