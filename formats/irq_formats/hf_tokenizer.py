@@ -26,11 +26,18 @@ _MORE_ENDS = ("eot_token_id", "eom_token_id")
 
 @dataclass(frozen=True)
 class AddedToken:
-    """An entry of ``added_tokens``."""
+    """An entry of ``added_tokens``.
+
+    Attributes:
+        text: How it is written.
+        token_id: Its id.
+        flags: Those of its flags that are set: ``special``, ``normalized``, ``lstrip``, ``rstrip``,
+            ``single_word``.
+    """
 
     text: str
     token_id: int
-    is_special: bool
+    flags: frozenset[str]
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -120,7 +127,8 @@ def added_tokens(tokenizer: Mapping[str, object], where: object) -> list[AddedTo
             raise MalformedFile(
                 "not an added token", where=where, expected="a content and an id", got=repr(entry)[:80]
             )
-        found.append(AddedToken(text, token_id, fields.get("special") is True))
+        flags = frozenset(str(name) for name, value in fields.items() if value is True)
+        found.append(AddedToken(text, token_id, flags))
     return found
 
 

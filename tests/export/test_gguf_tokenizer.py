@@ -33,6 +33,8 @@ LINES = [
     "<|im_start|>user\nhi<|im_end|>\n",
     "a",
     " ",
+    "<|im_start|>the quick<|im_end|> the quick <|im_end|>\n",
+    "the   ",
 ]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -116,6 +118,96 @@ def test_scores_rank_pieces_as_sentencepiece_does(shared_data):
         assert types[i] == (TokenType.UNKNOWN if original.is_unknown(i) else expected)
 
 
+def _metaspace(scheme, **fields):
+    """A change to Metaspace as transformers 5 writes it, without normaliser."""
+    fields = {"replacement": "▁", "prepend_scheme": scheme, "split": False, **fields}
+    return lambda t: t.update(normalizer=None, pre_tokenizer={"type": "Metaspace", **fields})
+
+
+def _replace(t):
+    t["normalizer"]["normalizers"].pop(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "split"), [(_metaspace("never"), True), (_metaspace("never"), False), (_replace, False)]
+)
+def test_sentencepiece_without_a_space_before_the_text(tmp_path, change, split):
+    save_tiny_tokenizer(tmp_path, "sentencepiece")
+    _edit(tmp_path, change)
+    if split:
+        _edit(tmp_path, lambda t: t["pre_tokenizer"].pop("split"))  # the default, harmless here
+    trained = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    lines = [*LINES, "▁the", "a ▁ b"]
+    assert _stock_tokens(tmp_path, tmp_path, VOCAB_SIZE, lines) == [
+        trained.encode(line).ids for line in lines
+    ]
+    values = open_gguf(tmp_path / "pair" / "base.gguf").metadata
+    assert values["tokenizer.ggml.add_space_prefix"] is False
+
+
+def _spaces_in_pieces(t):
+    _metaspace("never", split=True)(t)
+    t["model"]["vocab"]["▁▁"] = len(t["model"]["vocab"])
+    t["model"]["merges"].append(["▁", "▁"])
+
+
+def _replace_word(t):
+    step = {"type": "Replace", "pattern": {"String": "quick"}, "content": "slow"}
+    t["normalizer"]["normalizers"].append(step)
+
+
+def _split(t):
+    t["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"String": "h"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def _processor(kind):
+    return lambda t: t.update(post_processor={"type": kind, "sep": ["</s>", 1], "cls": ["<s>", 0]})
+
+
+def _flag(name):
+    return lambda t: t["added_tokens"][-1].update({name: True})
+
+
+#: Changes after which Hugging Face and llama.cpp make different tokens of some line.
+UNLIKE = {
+    "metaspace first": ("sentencepiece", _metaspace("first")),
+    "metaspace always": ("sentencepiece", _metaspace("always")),
+    "metaspace splits pieces": ("sentencepiece", _spaces_in_pieces),
+    "normaliser and splitter": ("sentencepiece", _split),
+    "a word is replaced": ("sentencepiece", _replace_word),
+    "normalised tokens": ("sentencepiece", _flag("normalized")),
+    "lstrip": ("gpt-2", _flag("lstrip")),
+    "rstrip": ("gpt-2", _flag("rstrip")),
+    "single word": ("gpt-2", _flag("single_word")),
+    "roberta": ("gpt-2", _processor("RobertaProcessing")),
+    "bert": ("gpt-2", _processor("BertProcessing")),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_llama_cpp_does_otherwise_is_refused(tmp_path, name):
+    kind, change = UNLIKE[name]
+    save_tiny_tokenizer(tmp_path, kind)
+    _edit(tmp_path, change)
+    with pytest.raises(UnsupportedModel, match=r"llama\.cpp"):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+    ours = read_tokenizer(tmp_path, VOCAB_SIZE, stock=False)
+    assert ours.values["tokenizer.ggml.model"].value == "none"
+    assert "no tokens in llama.cpp's terms" in ours.notes[0]
+
+
+def test_text_that_is_not_nfc_is_noted(tmp_path):
+    save_tiny_tokenizer(tmp_path, "qwen2")
+    assert read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).notes == []
+    _edit(tmp_path, lambda t: t.update(normalizer={"type": "NFC"}))
+    assert "NFC" in read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).notes[0]
+
+
 def _edit(directory: Path, change) -> None:
     path = directory / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
@@ -148,6 +240,7 @@ def test_an_unknown_pre_tokenizer_is_refused_with_a_way_out(tmp_path):
         ("gpt-2", lambda t: t["model"].update(end_of_word_suffix="</w>"), "no such option"),
         ("gpt-2", lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "no pre-tokenizer"),
         ("sentencepiece", lambda t: t["model"]["merges"].pop(3), "is no merge"),
+        ("sentencepiece", lambda t: t["model"].update(ignore_merges=True), "no such option"),
         (
             "sentencepiece",
             lambda t: t["model"]["merges"].append(t["model"]["merges"].pop(2)),
@@ -156,7 +249,7 @@ def test_an_unknown_pre_tokenizer_is_refused_with_a_way_out(tmp_path):
         (
             "sentencepiece",
             lambda t: t.update(pre_tokenizer={"type": "Whitespace"}, normalizer=None),
-            "cannot split",
+            "cannot treat spaces",
         ),
         ("gpt-2", lambda t: t["post_processor"]["special_tokens"]["<s>"].update(ids=[1]), "bos token"),
     ],

@@ -8,13 +8,19 @@ note, where llama.cpp has no equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from irq_export.export.gguf.llamacpp_rules import (
+    added_around,
+    check_added_tokens,
+    normalises_text,
+    prefixes_space,
+)
 from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
 from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.errors import UnsupportedModel
 from irq_formats.files import open_fixed
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
 from irq_formats.hf_tokenizer import chat_templates, special_ids
@@ -70,8 +76,11 @@ def read_tokenizer(
     notes: list[str] = []
     special = special_ids(directory, tokenizer)
     try:
+        check_added_tokens(tokenizer, path)
         values |= _vocabulary_values(tokenizer, vocab_size, path, pre_tokenizer)
         values |= _added_values(tokenizer, special, path)
+        if values["tokenizer.ggml.model"].value == "gpt2" and normalises_text(tokenizer, path) and stock:
+            notes.append("llama.cpp does not bring text into NFC, as this tokenizer does")
     except UnsupportedModel as error:
         if stock:
             raise
@@ -91,11 +100,11 @@ def _vocabulary_values(
     vocabulary = read_vocabulary(tokenizer, vocab_size, path)
     values = {"tokenizer.ggml.model": STR(vocabulary.model)}
     if vocabulary.model == "gpt2":
-        _check_normalizer(tokenizer.get("normalizer"), {"NFC"}, path)
         values["tokenizer.ggml.pre"] = STR(pre_tokenizer or recognise_pre_tokenizer(tokenizer, path))
     else:
         values["tokenizer.ggml.pre"] = STR("default")
-        values["tokenizer.ggml.add_space_prefix"] = BOOL(_adds_space_prefix(tokenizer, path))
+        prefix = prefixes_space(tokenizer, vocabulary.has_inner_spaces, path)
+        values["tokenizer.ggml.add_space_prefix"] = BOOL(prefix)
     return values | _token_values(vocabulary)
 
 
@@ -107,7 +116,7 @@ def _added_values(
     A token that is added but not declared as BOS or EOS becomes it.
     """
     values = {}
-    for kind, added in zip(("bos", "eos"), _template_ids(tokenizer, f"{path}: post_processor"), strict=True):
+    for kind, added in zip(("bos", "eos"), added_around(tokenizer, path), strict=True):
         key = f"{kind}_token_id"
         if added and key not in special:
             values[f"tokenizer.ggml.{key}"] = U32(added[0])
@@ -130,76 +139,6 @@ def _token_values(vocabulary: Vocabulary) -> dict[str, GgufValue]:
     if vocabulary.merges is not None:
         values["tokenizer.ggml.merges"] = STR.array(vocabulary.merges)
     return values
-
-
-def _template_ids(tokenizer: Mapping[str, object], where: str) -> tuple[list[int], list[int]]:
-    """Return the token ids that the post-processor puts before and after a text."""
-    for processor in _flat(tokenizer.get("post_processor"), "processors"):
-        if processor.get("type") != "TemplateProcessing":
-            continue
-        special, single = processor.get("special_tokens"), processor.get("single")
-        if not isinstance(special, Mapping) or not isinstance(single, list):
-            break
-        sides: tuple[list[int], list[int]] = ([], [])
-        side = 0
-        for piece in single:
-            if isinstance(piece, Mapping) and "Sequence" in piece:
-                side = 1
-            else:
-                sides[side].extend(_special_piece(piece, special, where))
-        return sides
-    return [], []
-
-
-def _special_piece(piece: object, special: Mapping[str, object], where: str) -> list[int]:
-    """Return the ids of a special token of a template."""
-    token = piece.get("SpecialToken") if isinstance(piece, Mapping) else None
-    name = token.get("id") if isinstance(token, Mapping) else None
-    entry = special.get(name) if isinstance(name, str) else None
-    ids = entry.get("ids") if isinstance(entry, Mapping) else None
-    if not isinstance(ids, list) or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
-        raise MalformedFile("a template without its tokens", where=where, got=repr(piece)[:80])
-    return ids
-
-
-def _flat(node: object, key: str) -> Iterator[Mapping[str, object]]:
-    """Yield the steps of a component of tokenizer.json that may be a sequence."""
-    if not isinstance(node, Mapping):
-        return
-    children = node.get(key)
-    if node.get("type") == "Sequence" and isinstance(children, list):
-        for child in children:
-            yield from _flat(child, key)
-    else:
-        yield node
-
-
-def _check_normalizer(normalizer: object, allowed: set[str], path: Path) -> None:
-    kinds = [str(step.get("type")) for step in _flat(normalizer, "normalizers")]
-    if not set(kinds) <= allowed:
-        raise UnsupportedModel(
-            "llama.cpp cannot normalise text like this tokenizer",
-            where=f"{path}: normalizer",
-            expected=sorted(allowed),
-            got=kinds,
-        )
-
-
-def _adds_space_prefix(tokenizer: Mapping[str, object], path: Path) -> bool:
-    """Tell whether a SentencePiece tokenizer puts a space before the text."""
-    normalizer = tokenizer.get("normalizer")
-    _check_normalizer(normalizer, {"Prepend", "Replace"}, path)
-    if any(step.get("type") == "Prepend" for step in _flat(normalizer, "normalizers")):
-        return True
-    steps = list(_flat(tokenizer.get("pre_tokenizer"), "pretokenizers"))
-    if any(step.get("type") != "Metaspace" for step in steps):
-        raise UnsupportedModel(
-            "llama.cpp cannot split text like this tokenizer",
-            where=f"{path}: pre_tokenizer",
-            expected="none or Metaspace",
-            got=[step.get("type") for step in steps],
-        )
-    return any(step.get("prepend_scheme", "always") != "never" for step in steps)
 
 
 def _template_values(directory: Path) -> dict[str, GgufValue]:

@@ -54,6 +54,11 @@ class Vocabulary:
     scores: NDArray[np.float32] | None = None
     merges: list[str] | None = None
 
+    @property
+    def has_inner_spaces(self) -> bool:
+        """Whether a piece holds SentencePiece's space behind its first character."""
+        return any("▁" in self.tokens[i][1:] for i in np.flatnonzero(self.types == TokenType.NORMAL))
+
 
 def read_vocabulary(tokenizer: Mapping[str, object], vocab_size: int, where: object) -> Vocabulary:
     """Read the vocabulary of a parsed ``tokenizer.json``.
@@ -83,9 +88,13 @@ def read_vocabulary(tokenizer: Mapping[str, object], vocab_size: int, where: obj
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UnsupportedModel("llama.cpp has no such option", where=f"{where}: model.{key}")
+    sentencepiece = model.get("byte_fallback") is True
+    if sentencepiece and model.get("ignore_merges"):
+        raise UnsupportedModel(
+            "llama.cpp has no such option for SentencePiece", where=f"{where}: model.ignore_merges"
+        )
     pieces = _pieces(model["vocab"], where)
     pairs = [_pair(merge, where) for merge in merges]
-    sentencepiece = model.get("byte_fallback") is True
     tokens, types = _tokens(tokenizer, pieces, vocab_size, where)
     if sentencepiece:
         _mark_sentencepiece(tokens, types, model.get("unk_token"))
@@ -118,7 +127,7 @@ def _tokens(
     types = np.full(vocab_size, TokenType.NORMAL, np.int32)
     entries = [(text, token_id, TokenType.NORMAL) for text, token_id in pieces.items()]
     for token in added_tokens(tokenizer, where):
-        kind = TokenType.CONTROL if token.is_special else TokenType.USER_DEFINED
+        kind = TokenType.CONTROL if "special" in token.flags else TokenType.USER_DEFINED
         entries.append((token.text, token.token_id, kind))
     for text, token_id, kind in entries:
         if not 0 <= token_id < vocab_size:
