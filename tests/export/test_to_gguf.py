@@ -23,6 +23,13 @@ from irq_formats.names import hf_to_gguf
 from irq_runtime.reference import load_model
 
 CODEBOOKS = ("nf4", "nf3", "nf2", "int4", "int3", "int2")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 259, 16)]
 
 
@@ -206,15 +213,17 @@ def test_other_families_compute_the_same_in_both_profiles(tmp_path, family):
     assert _nmse(load_model(tmp_path / "f32.gguf").logits(TOKENS), expected) < NMSE_FLOAT64
 
 
+@pytest.mark.parametrize("options", [{"profile": "stock"}, {"merge": "f16"}])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_llama3_rotation_is_refused_where_llama_cpp_has_no_such_tensor(tmp_path, kind, options):
+    given = GgufSource(tmp_path, BlockSpec("int4"), model_type=kind, rope_scaling=LLAMA3)
+    with pytest.raises(UnsupportedModel, match="in llama models only"):
+        to_gguf(given.path, tmp_path / "out", **options)
+    to_gguf(given.path, tmp_path / "m.gguf")
+
+
 def test_llama3_rotation_travels_as_a_tensor(tmp_path):
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    given = GgufSource(tmp_path, BlockSpec("int4"), rope_scaling=scaling)
+    given = GgufSource(tmp_path, BlockSpec("int4"), rope_scaling=LLAMA3)
     to_gguf(given.path, tmp_path / "m.gguf")
     to_gguf(given.path, tmp_path / "pair", profile="stock")
     expected = load_model(tmp_path / "m.gguf").logits(TOKENS)

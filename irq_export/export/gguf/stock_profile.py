@@ -115,10 +115,22 @@ def stock_header(config: ModelConfig) -> dict[str, GgufValue]:
 
 
 def rope_tensors(config: ModelConfig) -> list[ExportTensor]:
-    """Return ``rope_freqs.weight`` where the model scales its rotary frequencies like Llama 3."""
+    """Return ``rope_freqs.weight`` where the model scales its rotary frequencies like Llama 3.
+
+    Raises:
+        UnsupportedModel: It does so, and is of an architecture for which llama.cpp has no such tensor.
+    """
     factors = rope_factors(config)
     if factors is None:
         return []
+    if config.architecture != "llama":
+        raise UnsupportedModel(
+            "llama.cpp scales rotary frequencies like Llama 3 in llama models only",
+            where="config.json: rope_scaling",
+            expected="none or linear",
+            got=f"llama3, in {config.architecture}",
+            hint="Use --profile irq",
+        )
     source = TensorSource("rope_freqs.weight", factors.shape, GgmlType.F32, lambda: factors)
     return [ExportTensor(source, (), factors.nbytes)]
 
