@@ -32,6 +32,9 @@ _SAMPLED = 1 << 16
 #: One row of a batch: one example, or several packed ones.
 Row = tuple[Example, ...]
 
+#: A row with nothing to learn: it fills up the last round of several devices, and changes no gradient.
+_FILLER: Row = (Example(np.zeros(1, np.int32), np.full(1, IGNORED, np.int32)),)
+
 
 @dataclass(frozen=True)
 class Rows(Dataset[Row]):
@@ -55,6 +58,23 @@ class Rows(Dataset[Row]):
     def lengths(self) -> list[int]:
         """Tokens of every row."""
         return [sum(len(example.ids) for example in row) for row in self.rows]
+
+    def filled(self) -> Rows:
+        """Return the set with a row behind its end that has nothing to learn, for :class:`EpochOrder`."""
+        return Rows((*self.rows, _FILLER), self.notes)
+
+    def share(self, size: int, place: int, places: int) -> Iterator[Sequence[Row]]:
+        """Give one of several devices its batches, long rows first: every device as many, of ``size`` rows.
+
+        Args:
+            size: Rows of a batch.
+            place: Number of the device.
+            places: Number of devices.
+        """
+        order = np.argsort([-length for length in self.lengths], kind="stable").tolist()
+        rows = [self.rows[i] for i in order] + [_FILLER] * (-len(self) % (size * places))
+        for start in range(place * size, len(rows), places * size):
+            yield rows[start : start + size]
 
     def sample(self, count: int = _SAMPLED) -> tuple[list[int], str]:
         """Return about ``count`` tokens of rows spread over the set, in order, and :meth:`digest`."""
@@ -167,13 +187,18 @@ class EpochOrder(Sampler[int]):
         batch_size: Rows of a step.
         seed: Of the shuffle.
         group: Whether a batch gets rows of like length.
+        multiple: Rows that several devices take at once. The order is filled up to a multiple of it with the
+            number behind the last row (:meth:`Rows.filled`), where accelerate would repeat the first rows.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int, group: bool) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, *, seed: int, group: bool, multiple: int = 1
+    ) -> None:
         self._lengths = np.array(lengths)
         self._batch_size = batch_size
         self._seed = seed
         self._group = group
+        self._fillers = [len(lengths)] * (-len(lengths) % multiple)
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -181,12 +206,12 @@ class EpochOrder(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._lengths) + len(self._fillers)
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self._seed, self._epoch])
         order = rng.permutation(len(self._lengths))
-        return iter((self._grouped(order, rng) if self._group else order).tolist())
+        return iter((self._grouped(order, rng) if self._group else order).tolist() + self._fillers)
 
     def _grouped(self, order: np.ndarray[Any, Any], rng: np.random.Generator) -> np.ndarray[Any, Any]:
         """Sort by length inside some batches at a time, then shuffle batches; the short rest stays last."""

@@ -13,22 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
-from torch import nn
-from torch.utils.data import Sampler
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from irq_export.peft_iec import LINEARS, IrqLoraConfig
 from irq_export.quantizer import load_model
@@ -42,8 +32,8 @@ from irq_export.train.sharding import (
     make_shardable,
     shard_on_cpu,
     sharding_arguments,
-    trained_state,
 )
+from irq_export.train.trainer import AdapterTrainer
 from irq_formats.adapter import Adapter
 from irq_formats.errors import UsageError
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
@@ -80,27 +70,6 @@ class TrainReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report for ``--json``."""
         return {**self.__dict__, "output": str(self.output)}
-
-
-class _Trainer(Trainer):
-    """Trainer with our order of the data, which saves what is trained and nothing else."""
-
-    def __init__(self, order: EpochOrder, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._order = order
-        self.remove_callback(PrinterCallback)  # prints on stdout, which carries the result
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self._order
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the adapter; of a sharded model nothing else is gathered: the base is on disk."""
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
-            return
-        state = trained_state(cast("nn.Module", self.model))
-        if self.args.should_save:
-            self._save(output_dir, state_dict=state)
 
 
 def train(
@@ -161,14 +130,21 @@ def train(
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     say_once(f"{trainable:,} parameters to train, base hash {base_hash}")
     shard_on_cpu(arguments)
-    order = EpochOrder(rows.lengths, config.batch_size, seed=config.seed, group=config.group_by_length)
-    trainer = _Trainer(
+    devices = place.num_processes
+    order = EpochOrder(
+        rows.lengths,
+        config.batch_size,
+        seed=config.seed,
+        group=config.group_by_length,
+        multiple=arguments.per_device_train_batch_size * devices if devices > 1 else 1,
+    )
+    trainer = AdapterTrainer(
+        rows,
         order,
+        held_out,
+        Collator(_pad_id(tokenizer), packed=config.packing),
         model=model,
         args=arguments,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=Collator(_pad_id(tokenizer), packed=config.packing),
         callbacks=[
             OrderCallback(order),
             MetricsCallback(run.metrics, report),

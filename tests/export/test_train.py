@@ -19,11 +19,13 @@ import torch
 from click.testing import CliRunner
 from tiny_models import save_tiny_model
 from tiny_tokenizers import save_tiny_tokenizer
-from tolerance import DDP_GRADIENT
-from transformers import TrainingArguments
+from tolerance import DDP_GRADIENT, SUM_ORDER_FLOAT32
+from transformers import AutoTokenizer, TrainingArguments
 
 from irq_export.cli import main
+from irq_export.quantizer import load_model
 from irq_export.train.config import TrainConfig, make_config, settings
+from irq_export.train.dataset import Collator, load_rows
 from irq_export.train.memory import estimate_memory
 from irq_export.train.run import _arguments
 from irq_export.train.run_dir import RunDir
@@ -88,6 +90,11 @@ def invoke(*args: str) -> Any:
 def curve(output: Path) -> list[tuple[int, float, float]]:
     lines = [json.loads(line) for line in (output / "train" / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def held_out(output: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (output / "train" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +190,23 @@ def test_killed_and_resumed_is_the_same_run(finished: Path, source: Path) -> Non
     for name, layer in theirs.layers.items():
         assert ours.layers[name].lora_b.tobytes() == layer.lora_b.tobytes()
         assert (ours.layers[name].beta1, ours.layers[name].beta2) == (layer.beta1, layer.beta2)
+
+
+def test_held_out_loss_is_a_mean_over_tokens(source: Path, tmp_path: Path) -> None:
+    """Of any micro-batch, and what the model itself says of the same rows at once."""
+    data = str(source / "data.json")
+    found = []
+    for micro in ("4", "1"):
+        more = ["--steps", "1", "--eval-data", data, "--micro-batch", micro, "--lr", "1e-30"]
+        invoke(*arguments(source, tmp_path / micro, *more, "--importance", "none"))
+        found += held_out(tmp_path / micro)
+    assert [step for step, _ in found] == [1, 1]  # it ends with an evaluation
+    assert found[0][1] == pytest.approx(found[1][1], rel=SUM_ORDER_FLOAT32)
+    config = TrainConfig(max_length=96, prompt="plain")
+    rows = load_rows([data], AutoTokenizer.from_pretrained(source / "model"), config)
+    with torch.no_grad():
+        loss = load_model(tmp_path / "1")(**Collator(0)(rows.rows)).loss
+    assert found[1][1] == pytest.approx(float(loss), rel=SUM_ORDER_FLOAT32)
 
 
 def test_qlora_is_the_run_without_iec_and_icq(source: Path, tmp_path: Path) -> None:
@@ -317,9 +341,9 @@ class Keep(TrainerCallback):
             if state.is_world_process_zero:
                 torch.save(named, sys.argv[1])
 
-settings = dict(model=sys.argv[2], data=(sys.argv[3],), output=sys.argv[4], rank=4, batch_size=4, steps=2,
+settings = dict(model=sys.argv[2], data=(sys.argv[3],), output=sys.argv[4], rank=4, batch_size=4, epochs=1.0,
                 max_length=96, prompt="plain", device="cpu", max_grad_norm=1e9, log_every=1,
-                fsdp="fsdp" in sys.argv[5:])
+                eval_data=(sys.argv[3],), eval_every=5, fsdp="fsdp" in sys.argv[5:])
 train(make_config(settings), callbacks=[Keep()])
 """
 
@@ -329,7 +353,8 @@ train(make_config(settings), callbacks=[Keep()])
 def test_two_processes_have_the_gradients_of_one(how: str, source: Path, tmp_path: Path) -> None:
     """Over gloo: the first step's gradients, weighted by tokens over both halves, are those of one.
 
-    FSDP2 is proved to have sharded, and both save the whole adapter of one process.
+    So are all losses of an epoch whose last batch is short, and the held-out loss. FSDP2 is proved to have
+    sharded, and both save the whole adapter of one process.
     """
     script = tmp_path / "first_step.py"
     script.write_text(_FIRST_STEP)
@@ -360,11 +385,15 @@ def test_two_processes_have_the_gradients_of_one(how: str, source: Path, tmp_pat
         assert largest > 0 or "lora_A" in name or "lora_beta1" in name  # B is zero: nothing reaches A yet
         assert (two[name] - gradient).abs().max() <= DDP_GRADIENT * max(float(largest), 1e-6)
     losses = [curve(tmp_path / name) for name in ("one", "two")]
+    assert [step for step, *_ in losses[0]] == [1, 2, 3, 4, 5]  # 19 rows: three are left for the last step
     for mine, theirs in zip(*losses, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+    found = [held_out(tmp_path / name) for name in ("one", "two")]
+    assert [step for step, _ in found[0]] == [5]
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     ours, theirs = (read_peft_adapter(tmp_path / name / "adapter").layers for name in ("two", "one"))
     assert ours.keys() == theirs.keys()
     for name, layer in theirs.items():
-        np.testing.assert_allclose(ours[name].lora_a, layer.lora_a, rtol=0, atol=1e-3)  # two steps of 2e-4
+        np.testing.assert_allclose(ours[name].lora_a, layer.lora_a, rtol=0, atol=2e-3)  # five steps of 2e-4
         assert ours[name].lora_b.shape == layer.lora_b.shape
         assert np.abs(ours[name].lora_b).max() > 0

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from irq_export.train.config import TrainConfig
 from irq_export.train.data_formats import load_conversations
-from irq_export.train.dataset import Collator, EpochOrder, load_rows, pack
+from irq_export.train.dataset import Collator, EpochOrder, Rows, load_rows, pack
 from irq_export.train.prompts import IGNORED, Example, encode
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 
@@ -238,6 +238,26 @@ def test_order_is_a_function_of_seed_and_epoch(group: bool) -> None:
     assert list(order) != first
     spread = [np.ptp([lengths[i] for i in first[at : at + 16]]) for at in range(0, 992, 16)]
     assert (np.mean(spread) < 100) == group
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 13])
+def test_several_devices_learn_every_row_once(count: int) -> None:
+    """What fills up their last round has nothing to learn, in training and in evaluation."""
+    rows = Rows(tuple((example,) for example in examples(list(range(5, 5 + count)))), ())
+    order = list(EpochOrder(rows.lengths, 8, seed=3, group=True, multiple=4))
+    assert len(order) % 4 == 0
+    assert sorted(order)[:count] == list(range(count))
+    filled = rows.filled()
+    assert all(not example.targets for i in order if i >= count for example in filled[i])
+    shares = [list(rows.share(2, place, 2)) for place in range(2)]
+    assert len(shares[0]) == len(shares[1])
+    assert {len(batch) for share in shares for batch in share} == {2}
+    seen = [row for share in shares for batch in share for row in batch]
+    numbers = {id(row): i for i, row in enumerate(rows.rows)}
+    assert sorted(numbers[id(row)] for row in seen if id(row) in numbers) == list(range(count))
+    fillers = Collator(0)([row for row in seen if id(row) not in numbers] or [filled[count]])
+    assert (fillers["labels"] == IGNORED).all()
+    assert (fillers["attention_mask"].sum(dim=1) == 1).all()  # a row that attends to nothing may be NaN
 
 
 def test_cutting_and_dropping_are_said(tmp_path: Path) -> None:
