@@ -73,12 +73,8 @@ class MetricsCallback(TrainerCallback):
         if not found or not state.is_world_process_zero:
             return
         if not all(math.isfinite(value) for value in found.values()):
-            raise IrqError(
-                "the training diverged",
-                where=f"step {state.global_step}",
-                got=", ".join(f"{key} {value}" for key, value in found.items()),
-                hint="Try a lower --lr; the last state that was saved is still good",
-            )
+            got = ", ".join(f"{key} {value}" for key, value in found.items())
+            raise _diverged(f"step {state.global_step}", got)
         seconds = round(time.monotonic() - self._started, 3)
         entry = {
             "step": state.global_step,
@@ -93,8 +89,19 @@ class MetricsCallback(TrainerCallback):
             self._report(state.global_step, state.max_steps, text)
 
 
+def _diverged(where: str, got: str) -> IrqError:
+    return IrqError(
+        "the training diverged",
+        where=where,
+        got=got,
+        hint="Start again with a lower --lr and another -o; the states that are kept are from before",
+    )
+
+
 class StateCallback(TrainerCallback):
-    """Makes a saved state valid once every process has written its part, and saves after the last step.
+    """Makes a saved state valid once every process has written its part; logs and saves after the last step.
+
+    A state whose adapter is not finite is removed, before it takes the place of an older one.
 
     Args:
         run: Where.
@@ -108,16 +115,23 @@ class StateCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a state after the last step."""
+        """Ask for a line of metrics and a state after the last step."""
         if state.global_step >= state.max_steps:
-            control.should_save = True
+            control.should_log = control.should_save = True
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Seal the state."""
+        """Seal the state.
+
+        Raises:
+            IrqError: Its adapter is not finite.
+        """
         from accelerate import PartialState  # type: ignore[import-untyped]
 
         PartialState().wait_for_everyone()
-        if state.is_world_process_zero:
-            self._run.seal(state.global_step, self._keep)
+        if not state.is_world_process_zero:
+            return
+        if broken := self._run.not_finite(state.global_step):
+            raise _diverged(f"step {state.global_step}", f"{broken}, which is not finite")
+        self._run.seal(state.global_step, self._keep)

@@ -21,13 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from irq_export.train.config import TrainConfig
 from irq_formats.atomic import atomic_dir, atomic_file
 from irq_formats.checkpoint import open_checkpoint, read_config
 from irq_formats.errors import MalformedFile, OutputExists, UsageError
 from irq_formats.manifest import MANIFEST_NAME, check_manifest, write_manifest
+from irq_formats.peft_adapter import WEIGHTS_NAME
 from irq_formats.preflight import check_room
 from irq_formats.quantization import QUANT_METHOD
+from irq_formats.safetensors_io import open_safetensors
 from irq_formats.strict_json import parse_object
 
 __all__ = ["RunDir", "is_quantized", "quantize_settings"]
@@ -195,6 +199,20 @@ class RunDir:
                 continue
             return path
         return None
+
+    def not_finite(self, step: int) -> str | None:
+        """Return the first tensor of a new state's adapter that is not finite, and remove that state.
+
+        None if all are finite.
+        """
+        path = self.state / f"checkpoint-{step}"
+        tensors = open_safetensors(path / WEIGHTS_NAME)
+        broken = next(
+            (name for name in tensors.tensors if not np.isfinite(tensors.read_f32(name)).all()), None
+        )
+        if broken is not None:
+            shutil.rmtree(path)
+        return broken
 
     def seal(self, step: int, keep: int) -> None:
         """Make the state of a step valid, then remove the oldest ones."""

@@ -20,14 +20,14 @@ from click.testing import CliRunner
 from tiny_models import save_tiny_model
 from tiny_tokenizers import save_tiny_tokenizer
 from tolerance import DDP_GRADIENT, SUM_ORDER_FLOAT32
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from irq_export.cli import main
 from irq_export.quantizer import load_model
 from irq_export.train.config import TrainConfig, make_config, settings
 from irq_export.train.dataset import Collator, load_rows
 from irq_export.train.memory import estimate_memory
-from irq_export.train.run import _arguments
+from irq_export.train.run import _arguments, train
 from irq_export.train.run_dir import RunDir
 from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import IrqError, MalformedFile, UsageError
@@ -324,6 +324,39 @@ def test_a_run_that_diverges_stops(source: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, arguments(source, tmp_path / "run", "--steps", "9", "--lr", "1e30"))
     assert result.exit_code == IrqError.exit_code
     assert "diverged" in result.output
+
+
+def test_a_run_that_diverges_between_two_logs_keeps_its_good_states(source: Path, tmp_path: Path) -> None:
+    """Its adapter is looked at whenever it is saved; here the learning rate is too high from step 3 on."""
+
+    class Explode(TrainerCallback):
+        def on_step_begin(
+            self, args: Any, state: Any, control: Any, optimizer: Any = None, **more: Any
+        ) -> None:
+            if state.global_step == 2:
+                optimizer.param_groups[0]["lr"] = float("inf")
+
+    values = {
+        "model": str(source / "model"),
+        "data": (str(source / "data.json"),),
+        "rank": 4,
+        "device": "cpu",
+    }
+    values |= {"output": str(tmp_path / "run"), "prompt": "plain", "importance": "none", "steps": 9}
+    config = TrainConfig(**values, save_every=1, keep=1, log_every=100)
+    with pytest.raises(IrqError, match=r"step 3: the training diverged; got .*Start again with a lower --lr"):
+        train(config, callbacks=[Explode()])
+    assert [path.name for path in (tmp_path / "run" / "train").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert RunDir(tmp_path / "run").latest_state() is not None
+
+
+def test_the_last_steps_are_logged(source: Path, tmp_path: Path) -> None:
+    """What is reported as the loss is that of the last steps, not of the first."""
+    output = tmp_path / "run"
+    more = ["--importance", "none", "--steps", "4", "--log-every", "10"]
+    report = invoke(*arguments(source, output, *more))["train"]
+    assert [step for step, *_ in curve(output)] == [1, 4]
+    assert report["loss"] == curve(output)[-1][1]
 
 
 _FIRST_STEP = """
