@@ -185,9 +185,17 @@ def _stock_vocab_size(fields: Fields, arch: str) -> int:
 
 
 def _stock_scaling(fields: Fields, arch: str) -> RopeScaling | None:
+    """Read the keys as llama.cpp does: the old name where the new one is absent, and 0 means 1."""
+    if (attn_factor := fields.number(f"{arch}.rope.scaling.attn_factor", 1.0)) != 1.0:
+        raise UnsupportedModel(
+            "rotary embeddings that also scale are not supported",
+            where=f"{arch}.rope.scaling.attn_factor",
+            expected=1,
+            got=attn_factor,
+        )
     kind = fields.string(f"{arch}.rope.scaling.type", "linear")
-    factor = fields.number(f"{arch}.rope.scaling.factor", 1.0)
-    if kind == "none" or (kind == "linear" and factor == 1.0):
+    factor = fields.number(f"{arch}.rope.scaling.factor", fields.number(f"{arch}.rope.scale_linear", 0.0))
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return None
     if kind != "linear":
         raise UnsupportedModel(

@@ -105,10 +105,16 @@ ModelConfig read_irq(const Fields &fields) {
     return c;
 }
 
+// As llama.cpp reads them: the old name of the factor where the new one is absent, and 0 means 1.
 std::optional<RopeScaling> read_stock_scaling(const Fields &fields, const std::string &arch) {
+    const double attn_factor = fields.number(arch + ".rope.scaling.attn_factor", 1.0);
+    if (attn_factor != 1.0) {
+        refuse(Fault::unsupported, "rotary embeddings that also scale are not supported",
+               arch + ".rope.scaling.attn_factor", "1", show(attn_factor));
+    }
     const std::string kind = fields.string(arch + ".rope.scaling.type", "linear");
-    const double factor = fields.number(arch + ".rope.scaling.factor", 1.0);
-    if (kind == "none" || (kind == "linear" && factor == 1.0)) return {};
+    const double factor = fields.number(arch + ".rope.scaling.factor", fields.number(arch + ".rope.scale_linear", 0.0));
+    if (kind == "none" || (kind == "linear" && (factor == 0.0 || factor == 1.0))) return {};
     if (kind != "linear") {
         refuse(Fault::unsupported, "this RoPE scaling is not supported", arch + ".rope.scaling.type",
                "none | linear, or llama3 through rope_freqs.weight", kind);
