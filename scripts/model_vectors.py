@@ -1,8 +1,9 @@
 """Small models that open: formats/vectors/models/*.gguf and models.json (see make_vectors.py).
 
-Random weights, every codebook and every stock carrier in one file each: what fuzzers start from, and what a
-reader in another language can try itself on. models.json holds the greedy tokens of the float64 reference
-and the smallest distance between the two best logits on the way.
+Random weights, every codebook and every stock carrier in one file each, and a stock pair whose offsets lie
+in its adapter: what fuzzers start from, and what a reader in another language can try itself on. models.json
+holds the greedy tokens of the float64 reference and the smallest distance between the two best logits on
+the way.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from irq_formats.adapter import LoraLayer
+from irq_formats.adapter import LoraLayer, tau_extra_rank
 from irq_formats.blocks import BlockSpec, BlockTensor, encode, encode_int8
-from irq_formats.gguf import F32, STR, GgmlType, TensorSource, write_gguf
+from irq_formats.gguf import BOOL, F32, STR, U32, GgmlType, TensorSource, write_gguf
 from irq_formats.gguf.irq_payload import BlockEntry
 from irq_formats.gguf.irq_writer import (
     adapter_header,
@@ -25,6 +26,7 @@ from irq_formats.gguf.irq_writer import (
     model_header,
 )
 from irq_formats.gguf.model_keys import model_metadata
+from irq_formats.gguf.repack import carrier, repack
 from irq_formats.gguf.stock_blocks import Q2_0, Q4_1, quantize
 from irq_formats.model import ModelConfig
 from irq_formats.names import tensor_shapes
@@ -70,6 +72,14 @@ CARRIERS = {
     "output": GgmlType.F16,
 }
 ADAPTED = ("blk.0.attn_q", "blk.0.ffn_down")
+PAIRED = {"blk.0.attn_output": BlockSpec("int4"), "blk.0.ffn_down": BlockSpec("nf4")}
+STOCK_HEADER = {"general.architecture": STR("llama"), **model_metadata(CONFIG, "llama")}
+LORA_HEADER = {
+    "general.architecture": STR("llama"),
+    "general.type": STR("adapter"),
+    "adapter.type": STR("lora"),
+    "adapter.lora.alpha": F32(0.0),
+}
 
 
 def weights() -> dict[str, Array]:
@@ -146,21 +156,48 @@ def write_stock(directory: Path) -> None:
     for name, array in weights().items():
         type_ = CARRIERS.get(name.removesuffix(".weight"), GgmlType.F32)
         sources.append(carried(name, array, type_))
-    header = {"general.architecture": STR("llama"), **model_metadata(CONFIG, "llama")}
-    write_gguf(directory / "stock.gguf", header, sources, overwrite=True)
+    write_gguf(directory / "stock.gguf", STOCK_HEADER, sources, overwrite=True)
     pair = {
         f"{name}.weight.lora_{letter}": array
         for name, layer in layers().items()
         for letter, array in (("a", layer.lora_a), ("b", layer.lora_b))
     }
-    keys = {
-        "general.architecture": STR("llama"),
-        "general.type": STR("adapter"),
-        "adapter.type": STR("lora"),
-        "adapter.lora.alpha": F32(1.5),
-    }
     adapter = [plain(name, array) for name, array in pair.items()]
-    write_gguf(directory / "stock-adapter.gguf", keys, adapter, overwrite=True)
+    header = LORA_HEADER | {"adapter.lora.alpha": F32(1.5)}
+    write_gguf(directory / "stock-adapter.gguf", header, adapter, overwrite=True)
+
+
+def write_pair(directory: Path) -> None:
+    """Write a stock pair: what its blocks are worth without their offsets, and these as extra rank."""
+    values, adapter = weights(), layers()
+    blocks = {
+        name: encode(values[f"{name}.weight"], *choose_pair(values[f"{name}.weight"], spec), spec)
+        for name, spec in PAIRED.items()
+    }
+    sources, branches = [], []
+    for name, array in values.items():
+        tensor = blocks.get(name.removesuffix(".weight"))
+        if tensor is None:
+            sources.append(carried(name, array, GgmlType.F32 if array.ndim == 1 else GgmlType.Q8_0))
+            continue
+        type_ = carrier(tensor.spec.codebook, tensor.spec.block_size)
+        raw = repack(tensor, type_)
+        sources.append(TensorSource(name, array.shape, type_, lambda raw=raw: raw))
+        pair = tau_extra_rank(adapter.get(name.removesuffix(".weight")), tensor.tau(), tensor.spec.block_size)
+        branches += [plain(f"{name}.lora_{letter}", part) for letter, part in zip("ab", pair, strict=True)]
+    names = STR.array(list(blocks))
+    base = {
+        "irq.base_hash": STR(BASE_HASH),
+        "irq.stock.name": names,
+        "irq.stock.tau": BOOL.array([True] * len(blocks)),
+    }
+    extra = {
+        "irq.adapter.base_hash": STR(BASE_HASH),
+        "irq.stock.name": names,
+        "irq.stock.tau_rank": U32.array([64 // tensor.spec.block_size for tensor in blocks.values()]),
+    }
+    write_gguf(directory / "pair-base.gguf", STOCK_HEADER | base, sources, overwrite=True)
+    write_gguf(directory / "pair-adapter.gguf", LORA_HEADER | extra, branches, overwrite=True)
 
 
 def greedy(model: Path, adapter: Path | None) -> dict[str, object]:
@@ -187,12 +224,14 @@ def write_models(directory: Path) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     write_irq(directory)
     write_stock(directory)
+    write_pair(directory)
     pairs = [
         ("irq", None),
         ("irq-adapted", None),
         ("irq", "irq-adapter"),
         ("stock", None),
         ("stock", "stock-adapter"),
+        ("pair-base", "pair-adapter"),
     ]
     entries = [
         greedy(directory / f"{model}.gguf", None if adapter is None else directory / f"{adapter}.gguf")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from irq_formats.errors import UsageError
 from irq_formats.gguf.irq_payload import ARCHITECTURE
-from irq_formats.gguf.pair import model_files
+from irq_formats.gguf.pair import matrices_without_offsets, model_files
 from irq_formats.gguf.reader import GgufFile, open_gguf
 
 __all__ = ["Target", "is_onnx", "open_target"]
@@ -33,6 +33,11 @@ class Target:
     def runs_on_stock(self) -> bool:
         """True if llama.cpp can open it."""
         return self.kind != "irq"
+
+    @property
+    def is_half(self) -> bool:
+        """True for the base of a pair whose offsets lie in an adapter that is not there."""
+        return self.kind == "pair" and self.adapter is None and bool(matrices_without_offsets(self.gguf))
 
 
 def is_onnx(path: Path) -> bool:

@@ -30,6 +30,7 @@ from irq_formats.gguf.irq_payload import (
     read_blocks,
 )
 from irq_formats.gguf.model_keys import IRQ_PREFIX, read_model
+from irq_formats.gguf.pair import check_pair
 from irq_formats.gguf.reader import GgufFile, open_gguf
 from irq_formats.model import ModelConfig
 from irq_formats.names import tensor_shapes
@@ -126,8 +127,9 @@ def open_weights(
     Raises:
         MalformedFile: A file breaks its specification.
         UnsupportedModel: The architecture is not one of ours.
-        WrongBase: The adapter was trained against another base.
-        UsageError: Both an embedded and a separate adapter, or a scale that is not finite.
+        WrongBase: The adapter was trained against another base, or is not of the base's pair.
+        UsageError: Both an embedded and a separate adapter, the base of a pair without its adapter, or a
+            scale that is not finite.
     """
     if not math.isfinite(adapter_scale):
         raise UsageError("the scale of the adapter is not a number", got=adapter_scale)
@@ -186,6 +188,7 @@ def _stock_source(gguf: GgufFile, adapter: GgufFile | None) -> Source:
                 got=gguf.tensors[name].shape if name in gguf.tensors else "nothing",
             )
     check_no_strangers(gguf, {*shapes, _ROPE_FACTORS})
+    check_pair(gguf, adapter)
     frequencies = inverse_frequencies(config)
     if _ROPE_FACTORS in gguf.tensors:
         factors = gguf.read_f32(_ROPE_FACTORS)

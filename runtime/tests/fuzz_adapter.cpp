@@ -11,7 +11,7 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t *data, std::size_t size) {
     const MemoryFile file(data, size);
-    for (const char *base : {IRQ_MODELS "/irq.gguf", IRQ_MODELS "/stock.gguf"}) {
+    for (const char *base : {IRQ_MODELS "/irq.gguf", IRQ_MODELS "/stock.gguf", IRQ_MODELS "/pair-base.gguf"}) {
         irq::EngineOptions options;
         options.adapter = file.path();
         options.threads = 1;

@@ -1,6 +1,7 @@
-// The engine without Python, for sanitizers: test_engine CORPUS [MODEL].
-//   CORPUS  formats/vectors/malformed/gguf: every file that stands alone is refused
-//   MODEL   a small model: evaluated in several ways, then damaged a thousand times and opened again
+// The engine without Python, for sanitizers: test_engine CORPUS [MODEL [ADAPTER]].
+//   CORPUS   formats/vectors/malformed/gguf: every file that stands alone is refused
+//   MODEL    a small model: evaluated in several ways, then damaged a thousand times and opened again
+//   ADAPTER  MODEL and this are a stock pair: refused apart, and when one is of another base
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -88,6 +89,29 @@ void test_c_interface(const std::string &model) {
     irq_close(engine);
 }
 
+// The halves of a pair, by the C interface.
+void test_pair(const std::string &base, const std::string &adapter) {
+    irq_engine *engine = nullptr;
+    require(irq_open(base.c_str(), nullptr, &engine) == IRQ_USAGE && engine == nullptr, "a base alone");
+    require(std::string(irq_last_error()).find("one half of a pair") != std::string::npos, "the message says so");
+    irq_options options = irq_default_options();
+    options.adapter = adapter.c_str();
+    require(irq_open(base.c_str(), &options, &engine) == IRQ_OK, irq_last_error());
+    irq_close(engine);
+    engine = nullptr;
+
+    std::ifstream file(adapter, std::ios::binary);
+    std::string bytes((std::istreambuf_iterator<char>(file)), {});
+    const std::size_t hash = bytes.find("5e5e5e5e");
+    require(hash != std::string::npos, "the adapter records a hash");
+    bytes[hash] = '6';
+    const std::string other = "adapter-of-another-base.gguf";
+    std::ofstream(other, std::ios::binary) << bytes;
+    options.adapter = other.c_str();
+    require(irq_open(base.c_str(), &options, &engine) == IRQ_WRONG_BASE && engine == nullptr, "another base");
+    std::filesystem::remove(other);
+}
+
 // A sequence is as long as its own engine says: another engine must not write to it.
 void test_foreign_sequences(const std::string &model) {
     irq::EngineOptions options;
@@ -156,7 +180,12 @@ void test_damage(const std::string &model) {
 }  // namespace
 
 int main(int argc, char **argv) {
-    require(argc >= 2, "usage: test_engine CORPUS [MODEL]");
+    require(argc >= 2, "usage: test_engine CORPUS [MODEL [ADAPTER]]");
+    if (argc > 3) {
+        test_pair(argv[2], argv[3]);
+        std::puts("ok");
+        return 0;
+    }
     const std::string model = argc > 2 ? argv[2] : "";
     test_threads();
     test_corpus(argv[1]);

@@ -220,6 +220,7 @@ CASES: dict[str, Callable[[Parts], object]] = {
     "type adapter": set_key("general.type", STR("adapter")),
     "version missing": lose("irq.version"),
     "version string": set_key("irq.version", STR("1")),
+    "base hash missing": lose("irq.base_hash"),
     "base hash short": set_key("irq.base_hash", STR("abc")),
     "base hash number": set_key("irq.base_hash", U32(7)),
     "model key missing": lose("irq.model.hidden_size"),

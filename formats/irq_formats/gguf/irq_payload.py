@@ -105,7 +105,7 @@ class BlockEntry:
 
 
 def check_header(gguf: GgufFile, kind: str) -> None:
-    """Check that a file is of the irq profile, of a version we know, and a model or an adapter.
+    """Check that a file is of the irq profile, of a version we know, and a model with its hash or an adapter.
 
     Args:
         gguf: The open file.
@@ -129,6 +129,8 @@ def check_header(gguf: GgufFile, kind: str) -> None:
             got=version,
             hint="Update irq-export",
         )
+    if kind == "model" and read_base_hash(gguf) is None:  # else any adapter would do
+        raise MalformedFile("required key missing", where=f"{gguf.path}: irq.base_hash")
 
 
 def read_base_hash(gguf: GgufFile, key: str = "irq.base_hash") -> str | None:

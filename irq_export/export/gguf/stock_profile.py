@@ -24,7 +24,7 @@ from irq_export.export.gguf.tensors import (
 from irq_formats.adapter import Adapter
 from irq_formats.checkpoint import Checkpoint, hf_tensor_shapes
 from irq_formats.errors import UnsupportedModel
-from irq_formats.gguf import F32, STR, U32, GgmlType, GgufValue, TensorSource
+from irq_formats.gguf import BOOL, F32, STR, U32, GgmlType, GgufValue, TensorSource
 from irq_formats.gguf.model_keys import model_metadata
 from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
 from irq_formats.gguf.repack import NF_TABLES, carrier, repack
@@ -98,7 +98,7 @@ def stock_files(
         if found:
             pairs += found
             ranks[hf_to_gguf(module)] = rank
-    base = PlannedFile(BASE_NAME, _base_metadata(checkpoint) | tokenizer, tuple(tensors))
+    base = PlannedFile(BASE_NAME, _base_metadata(checkpoint, ranks) | tokenizer, tuple(tensors))
     if not pairs:
         return (base,)
     return base, PlannedFile(ADAPTER_NAME, _adapter_metadata(checkpoint, ranks), tuple(pairs))
@@ -135,7 +135,7 @@ def rope_tensors(config: ModelConfig) -> list[ExportTensor]:
     return [ExportTensor(source, (), factors.nbytes)]
 
 
-def _base_metadata(checkpoint: Checkpoint) -> dict[str, GgufValue]:
+def _base_metadata(checkpoint: Checkpoint, ranks: dict[str, tuple[int, int]]) -> dict[str, GgufValue]:
     specs = {hf_to_gguf(module): block.spec for module, block in checkpoint.blocks.items()}
     return stock_header(checkpoint.model) | {
         "irq.stock.version": U32(STOCK_VERSION),
@@ -143,6 +143,7 @@ def _base_metadata(checkpoint: Checkpoint) -> dict[str, GgufValue]:
         "irq.stock.name": STR.array(list(specs)),
         "irq.stock.codebook": STR.array([spec.codebook for spec in specs.values()]),
         "irq.stock.block_size": U32.array([spec.block_size for spec in specs.values()]),
+        "irq.stock.tau": BOOL.array([name in ranks and ranks[name][1] > 0 for name in specs]),
     }
 
 

@@ -1,5 +1,7 @@
 // Adapters of both profiles. Elastic connections and scaling are folded in float64, rounded once.
+#include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 
 #include "irq/error.h"
@@ -82,6 +84,28 @@ std::string base_hash(const GgufFile &gguf, const char *key) {
     return hash;
 }
 
+// Names beside which an array of bools, or of numbers, holds true, or more than 0; without the key none.
+std::set<std::string> marked(const GgufFile &gguf, const char *key, bool is_bool) {
+    const Fields fields(gguf.values(), gguf.path());
+    if (!fields.has(key)) return {};
+    const auto &names = fields.strings("irq.stock.name").strings;
+    std::vector<std::uint64_t> marks;
+    if (is_bool) {
+        const std::vector<bool> flags = fields.bool_array(key);
+        marks.assign(flags.begin(), flags.end());
+    } else {
+        marks = fields.unsigned_array(key);
+    }
+    if (marks.size() != names.size()) {
+        malformed("parallel arrays differ in length", gguf.path() + ": " + key, show(names.size()), show(marks.size()));
+    }
+    std::set<std::string> found;
+    for (std::size_t i = 0; i < names.size(); ++i) {
+        if (marks[i] != 0) found.insert(names[i]);
+    }
+    return found;
+}
+
 }  // namespace
 
 void check_irq_header(const GgufFile &gguf, const std::string &kind) {
@@ -97,6 +121,9 @@ void check_irq_header(const GgufFile &gguf, const std::string &kind) {
         throw Error(Fault::unsupported, "this irq version is not known here", gguf.path(), "1", show(version),
                     "Update irq-export");
     }
+    if (kind == "model" && base_hash(gguf, "irq.base_hash").empty()) {  // else any adapter would do
+        malformed("required key missing", gguf.path() + ": irq.base_hash");
+    }
 }
 
 void check_base(const GgufFile &model, const GgufFile &adapter) {
@@ -106,6 +133,25 @@ void check_base(const GgufFile &model, const GgufFile &adapter) {
         throw Error(Fault::wrong_base, "the adapter was trained against another quantised base", adapter.path(),
                     expected, got, "Export the adapter together with the checkpoint it belongs to");
     }
+}
+
+void check_pair(const GgufFile &base, const GgufFile *adapter) {
+    const std::set<std::string> missing = marked(base, "irq.stock.tau", true);
+    if (adapter == nullptr) {
+        if (missing.empty()) return;
+        throw Error(Fault::usage, "this file is one half of a pair: the offsets of its blocks lie in the adapter",
+                    base.path(), "", "", "Give the adapter.gguf of the pair as the adapter");
+    }
+    check_base(base, *adapter);
+    const std::set<std::string> carried = marked(*adapter, "irq.stock.tau_rank", false);
+    std::vector<std::string> differing;
+    std::set_symmetric_difference(missing.begin(), missing.end(), carried.begin(), carried.end(),
+                                  std::back_inserter(differing));
+    if (differing.empty()) return;
+    const std::string &name = differing.front();
+    throw Error(Fault::wrong_base, "the base and the adapter are not of one pair", adapter->path() + ": " + name,
+                missing.count(name) != 0 ? "offsets of this matrix" : "no offsets: the base lacks none", "",
+                "Use both files of one export");
 }
 
 void check_no_strangers(const GgufFile &gguf, const std::set<std::string> &known) {

@@ -167,9 +167,14 @@ void Model::read_stock(const std::string &adapter, double scale, Adapter &folded
         }
         for (std::size_t i = 0; i < factors.size(); ++i) frequencies_[i] /= factors[i];
     }
-    if (adapter.empty()) return;
+    if (adapter.empty()) {
+        check_pair(*file_, nullptr);
+        return;
+    }
+    const GgufFile other(adapter);
+    check_pair(*file_, &other);
     const Fields fields(file_->values(), file_->path());
-    folded = read_stock_adapter(GgufFile(adapter), fields.string("general.architecture"), scale);
+    folded = read_stock_adapter(other, fields.string("general.architecture"), scale);
 }
 
 std::string Model::path_of(const std::string &name) const { return file_->path() + ": " + name; }

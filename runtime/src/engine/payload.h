@@ -10,11 +10,15 @@
 
 namespace irq {
 
-// Checks architecture, general.type ("model" or "adapter") and irq.version.
+// Checks architecture, general.type ("model" or "adapter"), irq.version and that a model has its hash.
 void check_irq_header(const GgufFile &gguf, const std::string &kind);
 
 // Error (wrong_base) if both name a hash and they differ.
 void check_base(const GgufFile &model, const GgufFile &adapter);
+
+// Error if a stock model and what is to run with it (null: nothing) are not of one pair, as far as they say:
+// C++ twin of irq_formats.gguf.pair.
+void check_pair(const GgufFile &base, const GgufFile *adapter);
 
 // Views of all block-quantised matrices by stock name with ".weight"; every part and value checked.
 // Adds the names of all parts to `known`.
