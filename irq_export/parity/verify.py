@@ -186,7 +186,7 @@ def _checks(
     yield Check("container", target.model.name, True, f"{len(target.gguf.tensors)} tensors, well formed")
     tensors = list(tensor_level(target, checkpoint, trained_adapter))
     yield from tensors
-    if not is_same_model(target.gguf, checkpoint):
+    if target.is_half or not is_same_model(target.gguf, checkpoint):
         return  # the tensor level has said so; there is nothing else to compare
     exact_weights = all(check.values.get("exact", True) for check in tensors)
 
