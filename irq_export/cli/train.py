@@ -94,15 +94,13 @@ def _recorded(path: Path) -> dict[str, Any]:
 
 
 def _show_plan(config: TrainConfig, *, as_json: bool) -> None:
-    from transformers import AutoTokenizer
-
     from irq_export.train.dataset import load_rows
     from irq_export.train.memory import estimate_memory
     from irq_export.train.run import bytes_per_value
+    from irq_export.trained_tokenizer import load_tokenizer
 
     estimate = estimate_memory(config, bytes_per_value=bytes_per_value(config))
-    tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True)
-    rows = load_rows(config.data, tokenizer, config)
+    rows = load_rows(config.data, load_tokenizer(config.model), config)
     steps = config.steps or round(-(-len(rows) // config.batch_size) * config.epochs)
     lines = [
         *rows.notes,

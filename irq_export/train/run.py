@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from irq_export.peft_iec import LINEARS, IrqLoraConfig
 from irq_export.quantizer import load_model
@@ -34,6 +34,7 @@ from irq_export.train.sharding import (
     sharding_arguments,
 )
 from irq_export.train.trainer import AdapterTrainer
+from irq_export.trained_tokenizer import load_tokenizer
 from irq_formats.adapter import Adapter
 from irq_formats.errors import UsageError
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
@@ -110,7 +111,7 @@ def train(
     if place.is_main_process:
         run.check_target(resume=resume)
     place.wait_for_everyone()
-    tokenizer = _tokenizer(run.path if run.path.is_dir() else Path(config.model))
+    tokenizer = load_tokenizer(run.path if run.path.is_dir() else config.model)
     rows, held_out = _data(config, tokenizer, say_once)  # refused before the model is touched
     with place.main_process_first():
         base_hash = run.prepare(
@@ -168,10 +169,6 @@ def train(
         seconds=time.monotonic() - started,
         peak_bytes=torch.cuda.max_memory_allocated() if on_cuda else None,
     )
-
-
-def _tokenizer(path: Path) -> Any:
-    return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
 
 
 def _data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> tuple[Rows, Rows | None]:

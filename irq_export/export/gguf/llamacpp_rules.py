@@ -103,7 +103,10 @@ def prefixes_space(tokenizer: Mapping[str, object], merges: bool, where: object)
         return _metaspace(splitters, merges, where)
     if splitters:
         raise _cannot_split(where, "none, as there is a normaliser", _kinds(splitters))
-    known = {"Prepend": {"prepend": _SPACE}, "Replace": {"pattern": {"String": " "}, "content": _SPACE}}
+    known: dict[str, _Step] = {
+        "Prepend": {"prepend": _SPACE},
+        "Replace": {"pattern": {"String": " "}, "content": _SPACE},
+    }
     plain = all(
         {"type": step.get("type"), **known.get(str(step.get("type")), {})} == dict(step)
         for step in normalizers
