@@ -14,7 +14,7 @@ from irq_export.evaluate.scorers import Scorer
 from irq_export.evaluate.tasks import Task
 from irq_formats.errors import UsageError
 
-__all__ = ["draw", "measure_task", "measure_windows"]
+__all__ = ["check_window", "draw", "measure_task", "measure_windows"]
 
 F64 = NDArray[np.float64]
 #: Called with requests done, requests in all, and the name of the task.
@@ -77,17 +77,44 @@ def _right(
     return right
 
 
+def check_window(window: int, longest: int) -> None:
+    """Refuse a window of text that would have to be cut.
+
+    Raises:
+        UsageError: It has more tokens than ``longest``.
+    """
+    if window > longest:
+        raise UsageError(
+            "the window is longer than what the model reads",
+            expected=f"at most {longest} tokens",
+            got=window,
+            hint="Give a shorter --window",
+        )
+
+
 def measure_windows(
     windows: NDArray[np.int64],
     scorer: Scorer,
     name: str,
     progress: Progress | None = None,
 ) -> list[Measure]:
-    """Measure the perplexity of windows of tokens, int64 ``(windows, context)``: the second half of each."""
+    """Measure the perplexity of windows of tokens: the second half of each, the longer one.
+
+    Args:
+        windows: int64 ``(windows, context)``.
+        scorer: The model.
+        name: Of the text.
+        progress: Called as windows are done.
+
+    Raises:
+        UsageError: There are no windows, or they are longer than the model's context.
+    """
     if not len(windows):
         raise UsageError("the text is shorter than a window", where=name)
+    check_window(windows.shape[1], scorer.max_length + 1)  # the last token is predicted, not read
     half = windows.shape[1] // 2
     requests = [Request(tuple(w[:half].tolist()), tuple(w[half:].tolist())) for w in windows]
     report = None if progress is None else lambda done: progress(done, len(requests), name)
-    nats = np.array([-score.logprob / half for score in scorer.score(requests, report)])
+    scored = windows.shape[1] - half  # tokens a window
+    nats = np.array([-score.logprob / scored for score in scorer.score(requests, report)])
     return [Measure("perplexity", nats, exponential=True)]

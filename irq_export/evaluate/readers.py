@@ -12,6 +12,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def read_text(path: Path) -> str:
     try:
         with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             text: str = file.read()
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+    except (UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what is on it
+            raise
         raise MalformedFile("cannot be read as text", where=path, got=error) from error
     return text
 
@@ -77,17 +80,26 @@ def read_rows(path: Path) -> list[Row]:
         MalformedFile: Not JSON, or not objects.
     """
     text = read_text(path)
-    try:
-        found = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
-        )
-    except ValueError as error:
-        raise MalformedFile("not JSON", where=path, got=error) from error
+    if text.lstrip().startswith("["):
+        found = _parse(text, str(path))
+    else:  # not splitlines(): strings hold U+2028 and its like as they are
+        lines = enumerate(text.split("\n"), 1)
+        found = [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not found or not all(isinstance(row, dict) for row in found):
         raise MalformedFile("no rows", where=path, expected="JSON objects")
     return list(found)
+
+
+def _parse(text: str, where: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        MalformedFile: It is none, or nested too deeply to be a row.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedFile("not JSON", where=where, got=error) from error
 
 
 def read_questions(path: Path, parse: Callable[[Row], Question]) -> list[Question]:

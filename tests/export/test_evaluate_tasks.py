@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import json
+import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from irq_export.evaluate.harness import draw, measure_task
+from irq_export.evaluate.harness import draw, measure_task, measure_windows
 from irq_export.evaluate.measures import Measure, difference
 from irq_export.evaluate.questions import Question, Request
 from irq_export.evaluate.scorers import Score
@@ -195,6 +198,36 @@ def test_broken_files(text: str, tmp_path: Path) -> None:
         load_task("arc_easy", tmp_path)
 
 
+def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
+    """Strings of web text hold separators that ``str.splitlines`` takes for the end of a line."""
+    row: dict[str, object] = {**FORMS["arc_easy"][0], "question": "a\u2028b\u2029c\x85d"}
+    line = json.dumps(row, ensure_ascii=False)
+    write(tmp_path / "arc_easy/test.jsonl", f"{line}\r\n\n{line}\n")
+    task = load_task("arc_easy", tmp_path)
+    assert isinstance(task, Task)
+    assert [question.contexts[0] for question in task.questions] == [
+        "Question: a\u2028b\u2029c\x85d\nAnswer:"
+    ] * 2
+    write(tmp_path / "arc_easy/test.jsonl", f"{line}\n\n{line[:-1]}\n")
+    with pytest.raises(MalformedFile, match="line 3: not JSON"):
+        load_task("arc_easy", tmp_path)
+    write(tmp_path / "arc_easy/test.jsonl", "[" * 100_000)
+    with pytest.raises(MalformedFile, match="not JSON"):
+        load_task("arc_easy", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".gz", ".xz"])
+def test_damaged_archives_are_named(suffix: str, tmp_path: Path) -> None:
+    openers = {".bz2": bz2.compress, ".gz": gzip.compress, ".xz": lzma.compress}
+    whole = openers[suffix](json.dumps([FORMS["arc_easy"][0]]).encode() * 50)
+    path = tmp_path / f"arc_easy/test.jsonl{suffix}"
+    path.parent.mkdir()
+    for data in (b"no archive", whole[:-20], whole[:20] + b"\xff" * 20 + whole[40:]):
+        path.write_bytes(data)
+        with pytest.raises(MalformedFile, match=re.escape(str(path))):
+            load_task("arc_easy", tmp_path)
+
+
 def test_absent_files_and_tasks(tmp_path: Path) -> None:
     for name in TASKS:
         with pytest.raises(UsageError, match="nothing is downloaded"):
@@ -224,6 +257,14 @@ def test_acc_and_acc_norm() -> None:
     acc, acc_norm = measure_task(task, lambda text: list(text.encode()), scorer)
     assert acc.samples.tolist() == [0, 1]
     assert acc_norm.samples.tolist() == [1, 1]
+
+
+def test_windows_that_a_runtime_would_cut_are_refused() -> None:
+    """Of a window of 101 tokens a model of 100 positions reads all but the last; one more has no room."""
+    (measure,) = measure_windows(np.zeros((2, 101), np.int64), FixedScorer([-51.0, -102.0]), "text")
+    np.testing.assert_array_equal(measure.samples, [1.0, 2.0])
+    with pytest.raises(UsageError, match="at most 101 tokens, got 102"):
+        measure_windows(np.zeros((2, 102), np.int64), FixedScorer([]), "text")
 
 
 def test_drawing_is_seeded() -> None:
