@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from irq_export.hf_directory import check_tokens, load_causal_lm, read_tokenizer, torch_device
 from irq_formats.atomic import atomic_file
-from irq_formats.errors import MalformedFile, UsageError, WrongBase
+from irq_formats.checkpoint import read_config
+from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError, WrongBase
 from irq_formats.safetensors_io import open_safetensors
 from irq_formats.safetensors_types import TensorSpec
 from irq_formats.safetensors_writer import SafeTensorsWriter
@@ -148,17 +149,24 @@ def measure(
         The importance, and the perplexity of the model on these tokens.
 
     Raises:
-        UsageError: Fewer tokens than a window.
+        UsageError: No such model or device, or fewer tokens than a window.
+        UnsupportedModel: The model is quantised already, or transformers cannot open it.
+        MalformedFile: The model lacks weights, or embeddings of some of the tokens.
     """
-    from transformers import AutoModelForCausalLM
-
+    where = torch_device(device)
+    path = Path(model_dir)
+    if read_config(path).get("quantization_config") is not None:
+        raise UnsupportedModel(
+            "the model is quantised already", where=path, hint="Measure its floating-point weights"
+        )
     count = min(windows, len(ids) // context)
     if count < 1:
         raise UsageError("the text is shorter than a window", expected=context, got=len(ids))
-    tokens = torch.tensor(ids[: count * context], device=device).view(count, context)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
-    moments, nats = input_importance(model.to(device).eval(), tokens, progress)
+    tokens = torch.tensor(ids[: count * context], device=where).view(count, context)
+    dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    model = load_causal_lm(path, dtype=dtype, device=where)
+    check_tokens(int(tokens.max()), model)
+    moments, nats = input_importance(model, tokens, progress)
     return Importance(moments, tokens.numel(), source), float(torch.tensor(nats).exp())
 
 
@@ -189,20 +197,21 @@ def calibrate(
         What was measured.
 
     Raises:
-        UsageError: No such model or text, or a text shorter than a window.
+        UsageError: No such model, text or device, or a text shorter than a window.
+        UnsupportedModel: The model is quantised already, or transformers cannot open it.
+        MalformedFile: The model lacks weights, or embeddings of some of the tokens; or no tokenizer.
         OutputExists: ``output`` exists and ``overwrite`` is false.
     """
     model_dir, text, output = Path(model_dir), Path(text), Path(output)
-    tokenizer_file = model_dir / "tokenizer.json"
-    for path in (model_dir / "config.json", tokenizer_file, text):
+    for path in (model_dir / "config.json", text):
         if not path.is_file():
             raise UsageError("no such file", where=path)
+    tokenizer = read_tokenizer(model_dir)
     raw = text.read_bytes()
     try:
         content = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError("the text is not UTF-8", where=text) from error
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
     ids = tokenizer.encode(content[: windows * context * 16], add_special_tokens=False).ids
     digest = hashlib.sha256(raw).hexdigest()
     with atomic_file(output, overwrite=overwrite) as file:

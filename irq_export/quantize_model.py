@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from irq_export.calibrate import Importance, read_importance
+from irq_export.hf_directory import torch_device
 from irq_export.icq import SearchConfig, check_settings, quantize_rows
 from irq_export.icq_calibrated import quantize_calibrated
 from irq_export.quantize_plan import INT8, QuantizePlan, plan_quantization
@@ -179,7 +180,7 @@ def quantize(
     if importance is not None:
         untouched = icq is None and search == SearchConfig.for_codebook(codebook)
         calibration = _calibration(importance, spec, untouched)
-    where = _device(device)
+    where = torch_device(device)
     plan = plan_quantization(model_dir, spec, embedding=embedding, include=include, exclude=exclude)
     output = Path(output_dir)
     _preflight(plan, output, overwrite)
@@ -220,16 +221,6 @@ def _calibration(given: str | Path | Importance, spec: BlockSpec, untouched: boo
     if spec.tau == "none":
         raise UsageError("importance fits an offset, and tau none stores none", hint="Leave tau out")
     return given if isinstance(given, Importance) else read_importance(given)
-
-
-def _device(name: str) -> torch.device:
-    """Return a device that is there."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UsageError("no such device", got=name, hint="Search on the CPU with --device cpu") from error
-    return device
 
 
 def _preflight(plan: QuantizePlan, output: Path, overwrite: bool) -> None:

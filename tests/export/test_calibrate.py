@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, tiny_tokens
 from tiny_tokenizers import save_tiny_tokenizer
+from tokenizers import Tokenizer
 
 import irq_export
 from irq_export.calibrate import calibrate, input_importance, read_importance
@@ -17,7 +20,14 @@ from irq_export.cli import main
 from irq_export.quantize_model import quantize
 from irq_export.quantizer import load_model
 from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import IrqError, MalformedFile, OutputExists, UsageError, WrongBase
+from irq_formats.errors import (
+    IrqError,
+    MalformedFile,
+    OutputExists,
+    UnsupportedModel,
+    UsageError,
+    WrongBase,
+)
 from irq_formats.safetensors_io import write_safetensors
 
 DEMO = Path(irq_export.__file__).parent / "demo_model"
@@ -100,6 +110,44 @@ def test_refusals(source: Path, importance: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("x*"))
 
 
+def test_a_model_that_is_not_whole_is_refused(source: Path, tmp_path: Path) -> None:
+    """transformers would run what is missing, or what it cannot read, as random weights."""
+    text = source.parent / "text.txt"
+    quantize(source, tmp_path / "checkpoint")
+    with pytest.raises(UnsupportedModel, match="quantised already"):
+        calibrate(tmp_path / "checkpoint", text, tmp_path / "x", windows=2, context=16)
+    copied = tmp_path / "model"
+    shutil.copytree(source, copied)
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MalformedFile, match=r"1 weights are missing; got model.layers.0.mlp.up_proj"):
+        calibrate(copied, text, tmp_path / "x", windows=2, context=16)
+    with pytest.raises(UsageError, match="no such device"):
+        calibrate(source, text, tmp_path / "x", windows=2, context=16, device="bogus")
+    small = tmp_path / "small"
+    save_tiny_model(small, vocab_size=40)
+    shutil.copyfile(source / "tokenizer.json", small / "tokenizer.json")
+    with pytest.raises(MalformedFile, match="tokens that the model does not have"):
+        calibrate(small, text, tmp_path / "x", windows=2, context=16)
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_tokenizers_neither_cut_nor_pad(source: Path, importance: Path, tmp_path: Path) -> None:
+    """Many a hub model's tokenizer.json cuts at 512 tokens, or fills up to them."""
+    copied = tmp_path / "model"
+    shutil.copytree(source, copied)
+    tokenizer = Tokenizer.from_file(str(copied / "tokenizer.json"))
+    tokenizer.enable_truncation(40)
+    tokenizer.enable_padding(length=4096)
+    tokenizer.save(str(copied / "tokenizer.json"))
+    report = calibrate(copied, source.parent / "text.txt", tmp_path / "i", windows=4, context=32)
+    assert report.tokens == 4 * 32
+    expected = read_importance(importance).moments
+    for name, vector in read_importance(tmp_path / "i").moments.items():
+        torch.testing.assert_close(vector, expected[name])
+
+
 def test_importance_pays_on_a_trained_model(tmp_path: Path) -> None:
     """Two bits, the demo model, a text it was not calibrated on: the loss falls by half a nat and more."""
     (tmp_path / "text.txt").write_text(
@@ -109,8 +157,6 @@ def test_importance_pays_on_a_trained_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--windows", "8", "--context", "128", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["calibrate"]["layers"] == 28
-    from tokenizers import Tokenizer
-
     ids = torch.tensor([Tokenizer.from_file(str(DEMO / "tokenizer.json")).encode(STORY).ids])
     loss = {}
     for name, options in {"default": [], "importance": ["--importance", str(tmp_path / "i")]}.items():
