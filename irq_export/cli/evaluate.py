@@ -47,7 +47,7 @@ _PATH = click.Path(path_type=Path)
     "--batch-tokens", type=click.IntRange(1), default=4096, show_default=True, help="For checkpoints."
 )
 @click.option("--limit", type=click.IntRange(1), help="Draw so many questions of each task (default: all).")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawing.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the drawing.")
 @click.option("--window", type=click.IntRange(4), default=512, show_default=True, help="Tokens, wikitext2.")
 @json_option
 @verb

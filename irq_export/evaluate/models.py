@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import tokenizers
 
 from irq_export.evaluate.scorers import (
     LlamaCppScorer,
@@ -18,18 +15,20 @@ from irq_export.evaluate.scorers import (
     onnx_scorer,
     reference_scorer,
 )
+from irq_export.hf_directory import load_causal_lm, read_tokenizer, torch_device
 from irq_export.parity.target import is_onnx
-from irq_formats.errors import MalformedFile, UsageError
-from irq_formats.gguf.irq_payload import ARCHITECTURE
-from irq_formats.gguf.model_keys import IRQ_PREFIX, read_model
+from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
+from irq_formats.files import read_small
 from irq_formats.gguf.pair import model_files
 from irq_formats.gguf.reader import open_gguf
 from irq_formats.quantization import QUANT_METHOD
+from irq_formats.strict_json import parse_object
 from irq_runtime.engine import Engine
+from irq_runtime.model_file import read_config as read_gguf_config
 from irq_runtime.reference import load_model
 from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["ONNX_RUNTIMES", "RUNTIMES", "EvaluatedModel", "open_model", "runtimes_of"]
+__all__ = ["ONNX_RUNTIMES", "RUNTIMES", "EvaluatedModel", "ModelSource", "find_model", "open_model"]
 
 #: What runs a GGUF file; the first is the default. A directory of weights always runs in torch.
 RUNTIMES = ("native", "reference", "llama.cpp")
@@ -37,6 +36,23 @@ RUNTIMES = ("native", "reference", "llama.cpp")
 ONNX_RUNTIMES = ("onnxruntime+irq", "onnxruntime")
 #: Longest sequence kept for any task.
 _CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be evaluated, as its files describe it; nothing is loaded yet.
+
+    Attributes:
+        path: As given.
+        runtimes: What can run it, the default first; nothing to choose for a directory of weights.
+        tokenizer: Of the model.
+        positions: Tokens of the longest sequence it is given.
+    """
+
+    path: Path
+    runtimes: tuple[str, ...]
+    tokenizer: Tokenizer
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -54,16 +70,34 @@ class EvaluatedModel:
     tokenizer: Tokenizer
 
 
-def runtimes_of(path: str | Path) -> tuple[str, ...]:
-    """Return what can run a model, the default first; nothing to choose for a directory of weights."""
-    if is_onnx(Path(path)):
-        return ONNX_RUNTIMES
-    return () if (Path(path) / "config.json").is_file() else RUNTIMES
+def find_model(path: str | Path) -> ModelSource:
+    """Read what the files of a model say about it.
+
+    Args:
+        path: Checkpoint or Hugging Face directory, GGUF file, directory of a stock pair, or ONNX folder.
+
+    Raises:
+        UsageError: No model there, or none with a tokenizer.
+        MalformedFile: A file breaks its specification.
+        UnsupportedModel: A model this version does not run.
+    """
+    path = Path(path)
+    runtimes: tuple[str, ...]
+    if is_onnx(path):
+        runtimes, folder = ONNX_RUNTIMES, path.parent if path.suffix == ".onnx" else path
+        positions, tokenizer = _onnx_positions(folder), _directory_tokenizer(folder)
+    elif (path / "config.json").is_file():
+        runtimes, tokenizer = (), _directory_tokenizer(path)
+        positions = getattr(_hf_config(path), "max_position_embeddings", _CONTEXT)
+    else:
+        runtimes, gguf = RUNTIMES, open_gguf(model_files(path, None)[0])
+        positions, tokenizer = read_gguf_config(gguf).max_position_embeddings, load_tokenizer(gguf)
+    return ModelSource(path, runtimes, tokenizer, min(positions, _CONTEXT))
 
 
 @contextmanager
 def open_model(
-    path: str | Path,
+    path: str | Path | ModelSource,
     *,
     adapter: str | Path | None = None,
     adapter_gguf: str | Path | None = None,
@@ -78,11 +112,11 @@ def open_model(
     """Open a model for evaluation.
 
     Args:
-        path: Checkpoint or Hugging Face directory, GGUF file, directory of a stock pair, or ONNX folder.
+        path: What :func:`find_model` takes or returns.
         adapter: PEFT directory, for a directory of weights; default: the checkpoint's own, if it has one.
         adapter_gguf: Separate adapter file, for a GGUF.
         adapter_onnx: Adapter file, for an ONNX folder; default: its only one, if there is one.
-        runtime: One of :func:`runtimes_of` the path.
+        runtime: One of those of the source.
         mode: Of the native engine, ``exact`` or ``fast``.
         threads: Of native, llama.cpp and onnxruntime.
         device: Of torch.
@@ -95,113 +129,110 @@ def open_model(
         MalformedFile: A file breaks its specification.
         UnsupportedModel: A model this version does not run.
     """
-    path = Path(path)
-    known = runtimes_of(path)
-    if known and runtime not in (None, *known):
-        raise UsageError("unknown runtime", where=path, expected=" | ".join(known), got=runtime)
-    if known == ONNX_RUNTIMES:
-        yield _open_onnx(path, adapter_onnx, runtime or known[0], threads)
-        return
-    if not known:
-        if adapter_gguf is not None:
-            raise UsageError(
-                "a directory of weights takes a PEFT adapter", got=adapter_gguf, hint="--adapter"
-            )
-        yield _open_torch(path, adapter, device, dtype, batch_tokens)
-        return
-    runtime = runtime or known[0]
-    model, lora = model_files(path, None if adapter_gguf is None else Path(adapter_gguf))
-    gguf = open_gguf(model)
-    tokenizer = load_tokenizer(gguf)
-    architecture = str(gguf.metadata["general.architecture"])
-    prefix = IRQ_PREFIX if architecture == ARCHITECTURE else architecture
-    context = min(read_model(gguf.metadata, prefix, gguf.tensors).max_position_embeddings, _CONTEXT)
-    if runtime == "native":
-        engine = Engine(model, lora, threads=threads, mode=mode, context=context)
-        yield EvaluatedModel(path, engine_scorer(engine), tokenizer)
-    elif runtime == "reference":
-        yield EvaluatedModel(path, reference_scorer(load_model(model, lora)), tokenizer)
+    source = path if isinstance(path, ModelSource) else find_model(path)
+    if source.runtimes and runtime not in (None, *source.runtimes):
+        expected = " | ".join(source.runtimes)
+        raise UsageError("unknown runtime", where=source.path, expected=expected, got=runtime)
+    for given, runtimes, option in (
+        (adapter, (), "--adapter"),
+        (adapter_gguf, RUNTIMES, "--adapter-gguf"),
+        (adapter_onnx, ONNX_RUNTIMES, "--adapter-onnx"),
+    ):
+        if given is not None and source.runtimes != runtimes:
+            raise UsageError(f"this model takes no {option}", where=source.path, got=given)
+    runtime = runtime or next(iter(source.runtimes), None)
+    scorer: Scorer
+    if source.runtimes == ONNX_RUNTIMES:
+        scorer = _open_onnx(source, adapter_onnx, library=runtime == "onnxruntime+irq", threads=threads)
+    elif not source.runtimes:
+        scorer = _open_torch(source, adapter, device, dtype, batch_tokens)
     else:
-        from irq_export.parity.llamacpp import LlamaCpp
+        model, lora = model_files(source.path, None if adapter_gguf is None else Path(adapter_gguf))
+        if runtime == "native":
+            engine = Engine(model, lora, threads=threads, mode=mode, context=source.positions)
+            scorer = engine_scorer(engine)
+        elif runtime == "reference":
+            scorer = reference_scorer(load_model(model, lora))
+            scorer.max_length = source.positions
+        else:
+            from irq_export.parity.llamacpp import LlamaCpp
 
-        with LlamaCpp(model, lora, threads=threads, ctx=context - 1) as server:
-            yield EvaluatedModel(path, LlamaCppScorer(server), tokenizer)
+            with LlamaCpp(model, lora, threads=threads, ctx=source.positions - 1) as server:
+                yield EvaluatedModel(source.path, LlamaCppScorer(server), source.tokenizer)
+            return
+    yield EvaluatedModel(source.path, scorer, source.tokenizer)
 
 
 def _open_torch(
-    path: Path, adapter: str | Path | None, device: str, dtype: str, batch_tokens: int
-) -> EvaluatedModel:
+    source: ModelSource, adapter: str | Path | None, device: str, dtype: str, batch_tokens: int
+) -> Scorer:
     import torch
 
     from irq_export.evaluate.torch_scorer import TorchScorer
 
-    tokenizer = _read_tokenizer(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    quantization = config.get("quantization_config") or {}
+    path, where = source.path, torch_device(device)
+    quantization = getattr(_hf_config(path), "quantization_config", None)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     model: Any
-    if quantization.get("quant_method") == QUANT_METHOD:
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
         from irq_export.export.gguf.adapters import export_adapter
         from irq_export.iec import attach
         from irq_export.quantizer import load_model as load_checkpoint
         from irq_formats.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(path)
-        source = checkpoint.adapter_dir if adapter is None else Path(adapter)
-        found = None if source is None else export_adapter(checkpoint, source, "keep")
-        model = load_checkpoint(path, dtype=torch_dtype, device=device, verify=False)
+        chosen = checkpoint.adapter_dir if adapter is None else Path(adapter)
+        found = None if chosen is None else export_adapter(checkpoint, chosen, "keep")
+        model = load_checkpoint(path, dtype=torch_dtype, device=where, verify=False)
         if found is not None:
             attach(model, found, dtype=torch_dtype)
     else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch_dtype, local_files_only=True, use_safetensors=True
-        )
+        model = load_causal_lm(path, dtype=torch_dtype, device=where)
         if adapter is not None:
             from irq_export.iec import attach
             from irq_formats.peft_adapter import read_peft_adapter
 
             attach(model, read_peft_adapter(adapter), dtype=torch_dtype)
-    model = model.to(device).eval()
-    limit = min(model.config.max_position_embeddings, _CONTEXT)
-    scorer = TorchScorer(model, max_length=limit, batch_tokens=batch_tokens)
-    return EvaluatedModel(path, scorer, tokenizer)
+    return TorchScorer(model.to(where).eval(), max_length=source.positions, batch_tokens=batch_tokens)
 
 
-def _open_onnx(path: Path, adapter: str | Path | None, runtime: str, threads: int) -> EvaluatedModel:
+def _open_onnx(source: ModelSource, adapter: str | Path | None, *, library: bool, threads: int) -> Scorer:
     from irq_export.parity.onnx_runtimes import OnnxRuntime
-    from irq_formats.files import read_small
     from irq_formats.onnx.model_file import open_model as open_onnx
-    from irq_formats.strict_json import parse_object
 
-    folder = path.parent if path.suffix == ".onnx" else path
-    model = open_onnx(folder / "model.onnx" if path.is_dir() else path)
+    path = source.path
+    folder, file = (path, path / "model.onnx") if path.is_dir() else (path.parent, path)
     beside = sorted(folder.glob("*.onnx_adapter"))
     if adapter is None and len(beside) > 1:
-        names = ", ".join(file.name for file in beside)
+        names = ", ".join(name.name for name in beside)
         raise UsageError("several adapters in the folder", where=folder, got=names, hint="--adapter-onnx")
-    session = OnnxRuntime(model, library=runtime == "onnxruntime+irq", threads=threads)
+    session = OnnxRuntime(open_onnx(file), library=library, threads=threads)
     session.use(Path(adapter) if adapter is not None else next(iter(beside), None))
+    return onnx_scorer(session, source.positions)
+
+
+def _onnx_positions(folder: Path) -> int:
+    """Read how many positions ``genai_config.json`` gives a model."""
     settings = folder / "genai_config.json"
     try:
         values: Any = parse_object(read_small(settings, limit=1 << 20), where=settings)
-        context = int(values["model"]["context_length"])
+        return int(values["model"]["context_length"])
     except (UsageError, KeyError, TypeError, ValueError) as error:
         raise MalformedFile("no length of the context", where=settings, got=error) from error
-    return EvaluatedModel(path, onnx_scorer(session, min(context, _CONTEXT)), _read_tokenizer(folder))
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
-    """Read ``tokenizer.json`` of a directory."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise UsageError("the directory has no tokenizer.json", where=path)
+def _hf_config(path: Path) -> Any:
+    """Return what transformers makes of a ``config.json``; it knows the names that families use."""
+    from transformers import AutoConfig
+
     try:
-        model = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise MalformedFile("not a tokenizer", where=file, got=error) from error
-    model.no_truncation()
-    model.no_padding()
+        return AutoConfig.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModel("transformers does not know the model", where=path, got=error) from error
+
+
+def _directory_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer of a directory, with BOS if it puts one before a text."""
+    model = read_tokenizer(path)
     plain, special = (model.encode("a", add_special_tokens=add).ids for add in (False, True))
     return Tokenizer(model, bos=special[0] if special[:1] != plain[:1] else None)

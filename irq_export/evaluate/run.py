@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from irq_export.evaluate.harness import draw, measure_task, measure_windows
+from irq_export.evaluate.harness import check_window, draw, measure_task, measure_windows
 from irq_export.evaluate.measures import Difference, Measure, difference
-from irq_export.evaluate.models import RUNTIMES, EvaluatedModel, open_model, runtimes_of
+from irq_export.evaluate.models import (
+    ONNX_RUNTIMES,
+    RUNTIMES,
+    EvaluatedModel,
+    ModelSource,
+    find_model,
+    open_model,
+)
 from irq_export.evaluate.tasks import Task, TextTask, load_task
+from irq_export.hf_directory import torch_device
 from irq_export.perplexity import cut_windows
 from irq_formats.errors import UsageError
 
@@ -20,6 +28,13 @@ __all__ = ["Evaluation", "ModelRun", "Row", "evaluate"]
 SCHEMA = "irq.evaluation/1"
 
 Progress = Callable[[int, int, str], None]
+#: Which models take which adapter, by what runs them.
+_ADAPTERS: dict[str, tuple[str, ...]] = {
+    "adapter": (),
+    "adapter_gguf": RUNTIMES,
+    "adapter_onnx": ONNX_RUNTIMES,
+}
+_DEFAULTS = {"mode": "exact", "device": "cpu", "dtype": "float32"}
 
 
 @dataclass(frozen=True)
@@ -133,29 +148,30 @@ def evaluate(
         progress: Called with (requests done, requests in all, what).
 
     Raises:
-        UsageError: No or more than two models, an unknown task, or two models with different tokenizers.
+        UsageError: No or more than two models, an unknown task, two models with different tokenizers, an
+            option that no model heeds, or a window longer than what a model reads.
         MalformedFile: A file breaks its format.
         WrongBase: The adapter belongs to another base.
     """
     if not 1 <= len(models) <= 2 or not tasks:
         raise UsageError("nothing to evaluate", expected="one or two models, at least one task")
-    if (limit is not None and limit < 1) or window < 4:
-        raise UsageError("out of range", expected="limit >= 1, window >= 4", got=(limit, window))
-    kinds = [runtimes_of(path) for path in models]
-    if runtime is not None and not any(runtime in known for known in kinds):
-        known = " | ".join(dict.fromkeys(name for names in kinds for name in names)) or "none: torch runs it"
-        raise UsageError("no model that this runtime runs", expected=known, got=runtime)
+    if (limit is not None and limit < 1) or window < 4 or seed < 0:
+        raise UsageError(
+            "out of range", expected="limit >= 1, window >= 4, seed >= 0", got=(limit, window, seed)
+        )
+    sources = [find_model(path) for path in models]
+    adapters = {"adapter": adapter, "adapter_gguf": adapter_gguf, "adapter_onnx": adapter_onnx}
+    kinds = [source.runtimes for source in sources]
+    _check_options(kinds, runtime, {**adapters, "mode": mode, "device": device, "dtype": dtype})
     loaded = [load_task(name, data) for name in dict.fromkeys(tasks)]
     loaded = [draw(task, limit, seed) if isinstance(task, Task) else task for task in loaded]
+    _check_models(sources, loaded, window)
     runs: list[ModelRun] = []
     measures: list[list[Measure]] = []
-    fingerprint: list[int] | None = None
-    for i, path in enumerate(models):
+    for i, source in enumerate(sources):
         with open_model(
-            path,
-            adapter=None if kinds[i] else adapter,
-            adapter_gguf=adapter_gguf if kinds[i] == RUNTIMES else None,
-            adapter_onnx=adapter_onnx,
+            source,
+            **{name: path for name, path in adapters.items() if kinds[i] == _ADAPTERS[name]},
             runtime=runtime if runtime in kinds[i] else None,
             mode=mode,
             threads=threads,
@@ -163,15 +179,11 @@ def evaluate(
             dtype=dtype,
             batch_tokens=batch_tokens,
         ) as model:
-            tokens = _fingerprint(model, loaded)
-            if fingerprint is not None and tokens != fingerprint:
-                raise UsageError("the two models have different tokenizers", where=path)
-            fingerprint = tokens
             label = "" if len(models) == 1 else f"{'AB'[i]}: "
             found, seconds = _measure_all(model, loaded, limit, window, _labelled(progress, label))
         measures.append([measure for _, measure in found])
         names = [name for name, _ in found]
-        runs.append(ModelRun(str(path), model.scorer.name, seconds))
+        runs.append(ModelRun(str(source.path), model.scorer.name, seconds))
     rows = tuple(_row(name, pair) for name, pair in zip(names, zip(*measures, strict=True), strict=True))
     return Evaluation(tuple(runs), rows, {task.name: task.note for task in loaded}, limit, seed)
 
@@ -212,13 +224,37 @@ def _row(task: str, measures: tuple[Measure, ...]) -> Row:
     )
 
 
-def _fingerprint(model: EvaluatedModel, tasks: Sequence[Task | TextTask]) -> list[int]:
-    """Tokens of the beginning of every task: two models that are compared must agree on them."""
-    tokens: list[int] = []
-    for task in tasks:
-        text = task.text[:10_000] if isinstance(task, TextTask) else task.questions[0].contexts[0]
-        tokens += model.tokenizer.encode(text)
-    return tokens
+def _check_options(
+    kinds: Sequence[tuple[str, ...]], runtime: str | None, options: Mapping[str, str | Path | None]
+) -> None:
+    """Refuse what no model would heed, and adapters and devices that are not there."""
+    if runtime is not None and not any(runtime in known for known in kinds):
+        known = " | ".join(dict.fromkeys(name for names in kinds for name in names)) or "none: torch runs it"
+        raise UsageError("no model that this runtime runs", expected=known, got=runtime)
+    heeded = {name: kind in kinds for name, kind in _ADAPTERS.items()}
+    heeded["mode"] = RUNTIMES in kinds and runtime not in RUNTIMES[1:]
+    heeded["device"] = heeded["dtype"] = () in kinds
+    for name, given in options.items():
+        if given == _DEFAULTS.get(name):
+            continue
+        if not heeded[name]:
+            raise UsageError(f"no model here takes --{name.replace('_', '-')}", got=given)
+        if name in _ADAPTERS and not Path(str(given)).exists():
+            raise UsageError("no such adapter", where=given)
+        if name == "device":
+            torch_device(str(given))
+
+
+def _check_models(sources: Sequence[ModelSource], tasks: Sequence[Task | TextTask], window: int) -> None:
+    """Refuse what would fail after the first model is done: windows too long, tokenizers that differ."""
+    if any(isinstance(task, TextTask) for task in tasks):
+        check_window(window, min(source.positions for source in sources))
+    texts = [
+        task.text[:10_000] if isinstance(task, TextTask) else task.questions[0].contexts[0] for task in tasks
+    ]
+    fingerprints = [[source.tokenizer.encode(text) for text in texts] for source in sources]
+    if fingerprints[0] != fingerprints[-1]:
+        raise UsageError("the two models have different tokenizers", where=sources[-1].path)
 
 
 def _labelled(progress: Progress | None, label: str) -> Progress | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from irq_export.evaluate.questions import Request
 from irq_export.evaluate.scorers import Progress, Score
+from irq_export.hf_directory import check_tokens
 
 __all__ = ["TorchScorer"]
 
@@ -35,8 +36,13 @@ class TorchScorer:
 
     @torch.no_grad()
     def score(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Score]:
-        """Return one score a request."""
+        """Return one score a request.
+
+        Raises:
+            MalformedFile: A token that the model does not have.
+        """
         fitted = [request.fitted(self.max_length) for request in requests]
+        check_tokens(max((max(r.context + r.continuation) for r in fitted), default=0), self._model)
         owners: dict[tuple[int, ...], list[int]] = {}  # tokens to read -> requests answered by them
         for i, request in enumerate(fitted):
             owners.setdefault(request.context + request.continuation[:-1], []).append(i)

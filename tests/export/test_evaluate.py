@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from os import truncate
 from pathlib import Path
 
 import jsonschema
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from irq_export.cli import main
 from irq_export.evaluate.run import Evaluation, evaluate
@@ -17,8 +20,9 @@ from irq_export.export.gguf import to_gguf
 from irq_export.export.onnx import to_onnx
 from irq_export.perplexity import perplexity
 from irq_formats.blocks import BlockSpec
-from irq_formats.errors import UsageError
+from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel, UsageError
 from tests.gguf_sources import GgufSource
+from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizers import TEXT, VOCAB_SIZE, save_tiny_tokenizer
 from tests.tolerance import LOGLIKELIHOOD_FLOAT32
 
@@ -101,6 +105,9 @@ def test_perplexity_is_that_of_the_verb(both: Evaluation, exported: Path, data: 
     expected = perplexity(model=exported, text=data / "wikitext2/wiki.test.raw", context=64, threads=1)
     assert both.rows[-1].values[1] == pytest.approx(expected.perplexity, rel=1e-6)
     assert both.rows[-1].samples == expected.windows
+    odd = perplexity(model=exported, text=data / "wikitext2/wiki.test.raw", context=7, windows=9, threads=1)
+    found = evaluate([exported], tasks=["wikitext2"], data=data, window=7, limit=9, threads=1).rows[0]
+    assert found.values[0] == pytest.approx(odd.perplexity, rel=1e-6)
 
 
 def test_command_line(source: GgufSource, exported: Path, data: Path, repo: Path) -> None:
@@ -154,14 +161,75 @@ def test_onnx_folders_run_with_our_library_and_without(
 
 
 def test_refusals(source: GgufSource, exported: Path, data: Path, tmp_path: Path) -> None:
-    options = {"tasks": ["arc_easy"], "data": data}
-    with pytest.raises(UsageError, match="one or two models"):
-        evaluate([], **options)
-    with pytest.raises(UsageError, match="limit >= 1"):
-        evaluate([exported], limit=0, **options)
-    with pytest.raises(UsageError, match="shorter than a window"):
-        evaluate([exported], tasks=["wikitext2"], data=data, window=100_000, limit=1)
-    other = GgufSource(tmp_path, BlockSpec(), vocab_size=VOCAB_SIZE)
+    """Whatever can be told from the files is told before the first model is measured."""
+    begun: list[str] = []
+    options = {"tasks": ["arc_easy"], "data": data, "progress": lambda done, total, what: begun.append(what)}
+    other = GgufSource(tmp_path / "other", BlockSpec(), vocab_size=VOCAB_SIZE)
     save_tiny_tokenizer(other.path, "sentencepiece")
-    with pytest.raises(UsageError, match="different tokenizers"):
-        evaluate([exported, other.path], **options)
+    long = {**options, "tasks": ["wikitext2"], "window": 513}
+    for models, changed, message in (
+        ([], options, "one or two models"),
+        ([exported], {**options, "limit": 0}, "limit >= 1"),
+        ([exported], {**options, "seed": -1}, "seed >= 0"),
+        ([exported, other.path], options, "different tokenizers"),
+        ([exported, tmp_path / "none.gguf"], options, "no such file"),
+        ([exported], long, "longer than what the model reads; expected at most 512 tokens, got 513"),
+        ([source.path], long, "longer than what the model reads; expected at most 512 tokens, got 513"),
+        ([exported], {**options, "adapter": source.adapter_dir}, "no model here takes --adapter"),
+        ([source.path], {**options, "adapter_gguf": exported}, "no model here takes --adapter-gguf"),
+        ([exported], {**options, "adapter_onnx": tmp_path}, "no model here takes --adapter-onnx"),
+        ([exported], {**options, "adapter_gguf": tmp_path / "none"}, "no such adapter"),
+        ([source.path], {**options, "mode": "fast"}, "no model here takes --mode"),
+        ([exported], {**options, "mode": "fast", "runtime": "reference"}, "no model here takes --mode"),
+        ([exported], {**options, "device": "cuda"}, "no model here takes --device"),
+        ([exported], {**options, "dtype": "bfloat16"}, "no model here takes --dtype"),
+        ([exported, source.path], {**options, "device": "bogus"}, "no such device"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(models, **changed)
+    assert not begun
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "wiki.test.raw").write_text("too few words")
+    with pytest.raises(UsageError, match="shorter than a window"):
+        evaluate([exported], tasks=["wikitext2"], data=tmp_path, window=500)
+
+
+def lose_a_matrix(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def swap_tokenizer(model: Path) -> None:
+    """One whose tokens the model's embedding does not reach."""
+    config = json.loads((model / "config.json").read_text())
+    save_file(
+        {
+            name: tensor[:40].clone() if tensor.shape[0] == VOCAB_SIZE else tensor
+            for name, tensor in load_file(model / "model.safetensors").items()
+        },
+        model / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 40}))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], type[IrqError], str]] = {
+    "a matrix is missing": (lose_a_matrix, MalformedFile, "1 weights are missing; got .*q_proj"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), UnsupportedModel, "cannot open the model"),
+    "half a file": (lambda m: truncate(m / "model.safetensors", 5000), UnsupportedModel, "cannot open"),
+    "no config": (lambda m: (m / "config.json").write_text("{"), UnsupportedModel, "does not know the model"),
+    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), UsageError, "no such file"),
+    "other tokenizer": (swap_tokenizer, MalformedFile, "tokens that the model does not have"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_directory_is_no_model(damage: str, data: Path, tmp_path: Path) -> None:
+    """transformers would make random weights for what is missing, and tracebacks of the rest."""
+    save_tiny_model(tmp_path / "m", vocab_size=VOCAB_SIZE)
+    save_tiny_tokenizer(tmp_path / "m")
+    harm, error, message = DAMAGES[damage]
+    harm(tmp_path / "m")
+    with pytest.raises(error, match=message):
+        evaluate([tmp_path / "m"], tasks=["arc_easy"], data=data)
