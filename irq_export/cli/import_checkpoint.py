@@ -20,7 +20,10 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--pooling", type=click.Choice(["mean", "sum"]), help="Of a QA-LoRA adapter: its files do not say."
 )
-@click.option("--device", default="cpu", show_default=True, help="Where to search, if that is needed.")
+@click.option(
+    "--device",
+    help="Where to search the base of a released adapter again: cpu, cuda, cuda:1.  [default: cpu]",
+)
 @force_option
 @json_option
 @verb
@@ -29,7 +32,7 @@ def command(
     output_dir: Path,
     adapter: Path | None,
     pooling: str | None,
-    device: str,
+    device: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:

@@ -25,22 +25,21 @@ NEVER_STORED = (
 
 def search_again(
     model_dir: Path,
-    output: Path,
+    directory: Path,
     *,
     device: str,
-    overwrite: bool,
     progress: Callable[[int, int, str], None] | None,
 ) -> QuantizeReport:
-    """Quantise as the released code does at every load."""
+    """Quantise as the released code does at every load, into an empty directory."""
     return quantize(
         model_dir,
-        output,
+        directory,
         icq=True,
         tie="first",
         refine="none",
         numerics="reference",
         scale_rounding="none",
         device=device,
-        overwrite=overwrite,
+        overwrite=True,
         progress=progress,
     )

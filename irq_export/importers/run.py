@@ -68,7 +68,7 @@ def import_checkpoint(
     *,
     adapter: str | Path | None = None,
     pooling: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ImportReport:
@@ -80,13 +80,13 @@ def import_checkpoint(
         output_dir: The checkpoint, a new directory.
         adapter: PEFT directory; written to ``output_dir/adapter`` with the hash of the new base, or folded.
         pooling: Of a pooled adapter: ``mean`` or ``sum``.
-        device: Where to search, if that is needed.
+        device: Where to search the base of a released adapter again; default: the CPU.
         overwrite: Replace an existing checkpoint.
         progress: Called with (tensors done, tensors in all, name).
 
     Raises:
         UnsupportedModel: Another quantisation, FP4, a block size or map that a checkpoint cannot hold.
-        UsageError: No model there, or an adapter that does not belong to this kind of source.
+        UsageError: No model there, or an adapter or option that does not belong to this kind of source.
         MalformedFile: A file breaks its format, or the adapter does not fit the model.
         WrongBase: The adapter was trained against another base.
         ParityFailed: What was written does not decode to bitsandbytes' values; nothing is left behind.
@@ -102,13 +102,17 @@ def import_checkpoint(
     check_dir_target(output, overwrite=overwrite)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if pooling is not None and method != QUANT_METHOD:
+        raise UsageError("only a pooled adapter of a checkpoint has a pooling", where=path, got=pooling)
+    if device is not None and quantization is not None:
+        raise UsageError("nothing is searched: no device is needed", where=path, got=device)
     if isinstance(quantization, dict) and method == "bitsandbytes":
         check_bnb_config(quantization, path)
         report = _import_bnb(path, output, config, found, overwrite, progress)
     elif method == QUANT_METHOD:
         report = _import_pooled(path, output, found, pooling, overwrite, progress)
     elif quantization is None:
-        report = _import_released(path, output, found, device, overwrite, progress)
+        report = _import_released(path, output, found, device or "cpu", overwrite, progress)
     else:
         raise UnsupportedModel(
             "no importer for this quantisation",
@@ -209,8 +213,9 @@ def _import_released(
             hint="Quantise it: irq-export quantize",
         )
     _check_adapter(adapter, ModelConfig.from_hf(read_config(path)), path)
-    done = search_again(path, output, device=device, overwrite=overwrite, progress=progress)
-    _write_adapter(output, adapter, done.base_hash)
+    with atomic_dir(output, overwrite=overwrite) as directory:
+        done = search_again(path, directory, device=device, progress=progress)
+        _write_adapter(directory, adapter, done.base_hash)
     return ImportReport(
         output=output,
         kind="released",

@@ -333,6 +333,17 @@ def test_an_adapter_of_another_model_is_refused(qlora: Callable[[str], Qlora], t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"pooling": "mean"}, "has a pooling"), ({"device": "cpu"}, "nothing is searched")],
+)
+def test_options_of_other_sources_are_refused(
+    option: dict[str, str], message: str, qlora: Callable[[str], Qlora], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        import_checkpoint(qlora("double").path, tmp_path / "out", **option)
+
+
 def test_in_place_is_refused(qlora: Callable[[str], Qlora]) -> None:
     path = qlora("double").path
     with pytest.raises(UsageError, match="same directory"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,18 @@ def test_the_base_of_a_released_adapter_is_searched_again(
     assert sorted(round(layer.beta1, 3) for layer in written.layers.values()) == [0.1, 0.2, 0.3, 0.4]
     assert {round(layer.beta2, 3) for layer in written.layers.values()} == {-0.2}
     to_gguf(tmp_path / "out", tmp_path / "m.gguf")
+
+
+def test_no_base_is_left_without_its_adapter(released: tuple[Path, Path], tmp_path: Path) -> None:
+    """A failure (or a kill) after the search leaves nothing that looks complete."""
+    model, adapter = released
+    bound = tmp_path / "bound"
+    shutil.copytree(adapter, bound)
+    weights = bound / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"irq.base_hash": "ab" * 32})
+    with pytest.raises(WrongBase):
+        import_checkpoint(model, tmp_path / "out", adapter=bound)
+    assert [path.name for path in tmp_path.iterdir()] == ["bound"]
 
 
 def test_a_floating_point_model_alone_is_no_import(released: tuple[Path, Path], tmp_path: Path) -> None:
