@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -316,11 +317,29 @@ def test_without_tokenizer_json(tmp_path):
 def test_modelfile_says_only_what_is_known():
     known = modelfile("base.gguf", "adapter.gguf", "{{ bos_token }}" + CHATML, "<s>")
     assert 'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}' in known
-    for template in (CHATML.replace("user", "human") + "!", "{{ broken", "{{ raise_exception('no') }}"):
+    for template in (
+        CHATML + "!",
+        CHATML + "{{ broken",
+        CHATML + "{{ raise_exception('no') }}",
+        "{{ messages }}",
+    ):
         unknown = modelfile("base.gguf", None, template, "")
         assert 'TEMPLATE """' not in unknown
         assert "# TEMPLATE: left to Ollama" in unknown
         assert "ADAPTER" not in unknown
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% if messages | length > 3 %}{{ 'a' * 9999999999 }}{% endif %}",
+    ],
+)
+def test_a_modelfile_waits_for_no_template(endless):
+    start = time.monotonic()
+    assert "# TEMPLATE: left to Ollama" in modelfile("base.gguf", None, endless + CHATML, "")
+    assert time.monotonic() - start < 30
 
 
 def _paths(node, path=()):
