@@ -36,6 +36,15 @@ class TestCommand:
             finally:
                 process.kill()
 
+    @staticmethod
+    def ended_quietly(process: subprocess.Popen[str]) -> None:
+        """With exit code 0, and without nanobind's list of all that Python did not free."""
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert "Finished server" in said
+        assert "leaked" not in said
+
     def test_sigterm_lets_requests_finish(self, demo: Path) -> None:
         with self.started(demo) as (process, client):
             body = {"prompt": PROMPT, "max_tokens": 200, "stream": True, "seed": 1}
@@ -49,7 +58,7 @@ class TestCommand:
                 "length",
                 "stop",
             )
-            assert process.wait(10) == 0
+            self.ended_quietly(process)
 
     def test_sigterm_ends_what_takes_too_long(self, demo: Path) -> None:
         with self.started(demo, "--grace", "0.2", "--sequences", "1") as (process, client):
@@ -60,7 +69,13 @@ class TestCommand:
                 process.send_signal(signal.SIGTERM)
                 rest = [line for line in lines if line]
             assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "unavailable"
-            assert process.wait(10) == 0
+            self.ended_quietly(process)
+
+    def test_ctrl_c(self, demo: Path) -> None:
+        with self.started(demo) as (process, client):
+            client.get("/health")  # signals are handled from here on
+            process.send_signal(signal.SIGINT)
+            self.ended_quietly(process)
 
     def test_port_in_use(self, demo: Path, client: httpx.Client) -> None:
         arguments = ["serve", str(demo), "--port", str(client.base_url.port)]

@@ -135,6 +135,7 @@ def serve(
             pass
         finally:
             service.scheduler.close()
+            gc.unfreeze()  # else nothing of it is collected at the end, and nanobind reports leaks
 
 
 def _settle() -> None:
