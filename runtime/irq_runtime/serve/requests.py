@@ -101,7 +101,7 @@ class Request(BaseModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[_Token, _Bias], BeforeValidator(_few)] = {}
     ignore_eos: bool = False
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)  # -1 is null too, as in llama.cpp and vLLM
     stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
     n: int = Field(1, ge=1, le=16)
     stream: bool = False

@@ -101,7 +101,7 @@ class Service:
                     "the prompt is too long", expected=f"at most {limit} tokens", got=len(prompt)
                 )
         self._check_tokens(request.logit_bias)
-        first = secrets.randbits(32) if request.seed is None else request.seed
+        first = secrets.randbits(32) if request.seed in (None, -1) else request.seed
         return [
             Generation(
                 tuple(prompt),
