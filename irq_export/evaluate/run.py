@@ -165,7 +165,7 @@ def evaluate(
     _check_options(kinds, runtime, {**adapters, "mode": mode, "device": device, "dtype": dtype})
     loaded = [load_task(name, data) for name in dict.fromkeys(tasks)]
     loaded = [draw(task, limit, seed) if isinstance(task, Task) else task for task in loaded]
-    _check_models(sources, loaded, window)
+    _check_models(sources, loaded, window, runtime)
     runs: list[ModelRun] = []
     measures: list[list[Measure]] = []
     for i, source in enumerate(sources):
@@ -245,10 +245,13 @@ def _check_options(
             torch_device(str(given))
 
 
-def _check_models(sources: Sequence[ModelSource], tasks: Sequence[Task | TextTask], window: int) -> None:
+def _check_models(
+    sources: Sequence[ModelSource], tasks: Sequence[Task | TextTask], window: int, runtime: str | None
+) -> None:
     """Refuse what would fail after the first model is done: windows too long, tokenizers that differ."""
     if any(isinstance(task, TextTask) for task in tasks):
-        check_window(window, min(source.positions for source in sources))
+        spare = 1 if runtime == "llama.cpp" else 0  # its server keeps room for a token of its own
+        check_window(window, min(source.positions for source in sources) - spare)
     texts = [
         task.text[:10_000] if isinstance(task, TextTask) else task.questions[0].contexts[0] for task in tasks
     ]

@@ -134,6 +134,10 @@ def test_stock_exports_run_in_llama_cpp(
     assert stock.models[0].runtime == "llama.cpp"
     ours = evaluate([exported], **options)
     assert [row.samples for row in stock.rows] == [8, 8]
+    longest = {**options, "tasks": ["wikitext2"], "limit": 1, "runtime": "llama.cpp"}
+    assert evaluate([tmp_path / "stock"], window=511, **longest).rows[0].samples == 1
+    with pytest.raises(UsageError, match="at most 511 tokens"):
+        evaluate([tmp_path / "stock"], window=512, **longest)
     # nf4 on Q8_0: near, not equal; a wrong alignment of context and choice would be at chance
     assert abs(stock.rows[0].values[0] - ours.rows[0].values[0]) <= 0.25
 
