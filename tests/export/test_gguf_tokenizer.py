@@ -22,6 +22,7 @@ from irq_formats.blocks import BlockSpec
 from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel
 from irq_formats.gguf import STR, open_gguf
 from irq_formats.gguf.writer import encode_header
+from irq_runtime.reference import load_model
 from irq_runtime.tokenizer import load_tokenizer
 
 LINES = [
@@ -265,7 +266,7 @@ def test_what_llama_cpp_would_do_otherwise_is_refused(tmp_path, kind, change, me
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t["model"]["vocab"].update(stranger=9999), "no row in the embedding"),
+        (lambda t: t["model"]["vocab"].update(stranger=-1), "negative"),
         (lambda t: t["model"]["vocab"].update(twin=5), "share an id"),
         (lambda t: t["model"]["merges"].append("a b c"), "not a merge"),
         (lambda t: t["model"].pop("vocab"), "no model"),
@@ -276,6 +277,45 @@ def test_a_broken_tokenizer_is_malformed(tmp_path, change, message):
     _edit(tmp_path, change)
     with pytest.raises(MalformedFile, match=message):
         read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+
+
+def _add(t, *texts):
+    """Add tokens behind the last id."""
+    first = 1 + max(t["model"]["vocab"].values())
+    t["added_tokens"] += [
+        {**t["added_tokens"][0], "id": first + i, "content": text} for i, text in enumerate(texts)
+    ]
+
+
+def test_padding_does_not_repeat_a_token(tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    _edit(tmp_path, lambda t: _add(t, f"[PAD{VOCAB_SIZE - 1}]", "[PAD7]"))
+    trained = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert _stock_tokens(tmp_path, tmp_path, VOCAB_SIZE, LINES) == [
+        trained.encode(line).ids for line in LINES
+    ]
+    tokens = read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).values["tokenizer.ggml.tokens"].value
+    assert tokens[-1] == f"[[PAD{VOCAB_SIZE - 1}]"
+    assert len(set(tokens)) == VOCAB_SIZE
+    _edit(tmp_path, lambda t: t["added_tokens"][-1].update(content="Ġthe"))
+    with pytest.raises(UnsupportedModel, match="of the same text"):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+
+
+def test_a_token_without_a_row_is_for_stock_files_only(tmp_path):
+    write_tiny_checkpoint(tmp_path / "checkpoint", vocab_size=VOCAB_SIZE, num_hidden_layers=1)
+    save_tiny_tokenizer(tmp_path / "checkpoint")
+    _edit(tmp_path / "checkpoint", lambda t: _add(t, *(f"<{i}>" for i in range(24)), "[PAD]"))
+    with pytest.raises(UnsupportedModel, match="no row in the embedding"):
+        to_gguf(tmp_path / "checkpoint", tmp_path / "pair", profile="stock")
+    result = to_gguf(tmp_path / "checkpoint", tmp_path / "m.gguf")
+    assert "'[PAD]' has no row" in result.notes[0]
+    file = open_gguf(tmp_path / "m.gguf")
+    assert file.metadata["tokenizer.ggml.model"] == "none"
+    tokens = load_tokenizer(file).encode("[PAD]", add_special=False)
+    assert tokens == [VOCAB_SIZE]
+    with pytest.raises(IrqError, match=str(VOCAB_SIZE)):
+        load_model(tmp_path / "m.gguf").logits(tokens)
 
 
 def test_special_tokens_and_padding(tmp_path):

@@ -63,7 +63,8 @@ class Vocabulary:
 def read_vocabulary(tokenizer: Mapping[str, object], vocab_size: int, where: object) -> Vocabulary:
     """Read the vocabulary of a parsed ``tokenizer.json``.
 
-    Ids that the model has but the tokenizer does not become unused tokens ``[PADn]``.
+    Ids that the model has but the tokenizer does not become unused tokens ``[PADn]`` (with more brackets
+    in front where the tokenizer has such a token).
 
     Args:
         tokenizer: The parsed file.
@@ -71,8 +72,9 @@ def read_vocabulary(tokenizer: Mapping[str, object], vocab_size: int, where: obj
         where: Path of the file, for messages.
 
     Raises:
-        UnsupportedModel: Neither kind of tokenizer, or one that llama.cpp would tokenize differently.
-        MalformedFile: Ids clash, leave the embedding, or the structure is another.
+        UnsupportedModel: Neither kind of tokenizer, one that llama.cpp would tokenize differently, or
+            with ids beyond the embedding.
+        MalformedFile: Ids clash, or the structure is another.
     """
     model = tokenizer.get("model")
     if not isinstance(model, Mapping) or not isinstance(model.get("vocab"), Mapping | list):
@@ -130,12 +132,15 @@ def _tokens(
         kind = TokenType.CONTROL if "special" in token.flags else TokenType.USER_DEFINED
         entries.append((token.text, token.token_id, kind))
     for text, token_id, kind in entries:
-        if not 0 <= token_id < vocab_size:
-            raise MalformedFile(
+        if token_id < 0:
+            raise MalformedFile("an id is negative", where=where, got=f"{text!r}: {token_id}")
+        if token_id >= vocab_size:
+            raise UnsupportedModel(
                 f"token {text!r} has no row in the embedding",
                 where=where,
                 expected=f"an id below {vocab_size}",
                 got=token_id,
+                hint="Resize the embedding before quantising, or take the token out of tokenizer.json",
             )
         if tokens[token_id] not in (None, text):
             raise MalformedFile(
@@ -143,8 +148,18 @@ def _tokens(
             )
         tokens[token_id] = text
         types[token_id] = kind
+    given = {token: i for i, token in enumerate(tokens) if token is not None}
+    if twins := [i for i, token in enumerate(tokens) if token is not None and given[token] != i]:
+        raise UnsupportedModel(
+            "llama.cpp cannot tell tokens of the same text apart",
+            where=where,
+            got=f"{tokens[twins[0]]!r}: {twins[0]} and {given[str(tokens[twins[0]])]}",
+        )
     types[[token is None for token in tokens]] = TokenType.UNUSED
-    return [f"[PAD{i}]" if token is None else token for i, token in enumerate(tokens)], types
+    prefix = "[PAD"
+    while any(f"{prefix}{i}]" in given for i, token in enumerate(tokens) if token is None):
+        prefix = f"[{prefix}"
+    return [f"{prefix}{i}]" if token is None else token for i, token in enumerate(tokens)], types
 
 
 def _mark_sentencepiece(tokens: list[str], types: NDArray[np.int32], unknown: object) -> None:
