@@ -15,7 +15,7 @@ from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import UsageError
 from irq_formats.gguf import GgufFile, open_gguf
 from irq_formats.gguf.irq_payload import ARCHITECTURE, block_table
-from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
+from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME, matrices_without_offsets
 
 __all__ = ["Summary", "inspect"]
 
@@ -120,7 +120,9 @@ def _inspect_gguf(gguf: GgufFile) -> Summary:
 
 
 def _adapter(gguf: GgufFile) -> str | None:
-    """Describe the LoRA matrices of a file."""
+    """Describe the LoRA matrices of a file, or those that a base is nothing without."""
+    if elsewhere := matrices_without_offsets(gguf):
+        return f"needed, for the block offsets of {len(elsewhere)} layers"
     ranks = [tensor.shape[0] for name, tensor in gguf.tensors.items() if name.endswith(".lora_a")]
     if not ranks:
         return None

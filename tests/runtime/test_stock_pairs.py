@@ -157,6 +157,13 @@ class TestExported:
             assert mixed.startswith("3")
             assert "not of one pair" in mixed
 
+    def test_inspect_says_so(self, work: Path) -> None:
+        shown = {
+            name: CliRunner().invoke(main, ["inspect", str(work / name)]).output for name in ("pair", "bf16")
+        }
+        assert "needed, for the block offsets of 14 layers" in shown["pair"]
+        assert "needed" not in shown["bf16"]
+
     def test_scale_zero_is_the_codes_alone(self, work: Path) -> None:
         """Who wants them asks for them."""
         files = work / "pair" / "base.gguf", work / "pair" / "adapter.gguf"
