@@ -179,6 +179,8 @@ def _runtime(
     if runtime == "native":
         return Engine(model, adapter, adapter_scale, threads=threads, mode=mode, context=context).logits
     if runtime == "reference":
+        if mode != "exact":
+            raise UsageError("the reference has one mode", expected="exact", got=mode)
         reference = load_model(model, adapter, adapter_scale)
         return lambda tokens: reference.logits(tokens, dtype=np.float32)
     raise UsageError("unknown runtime", expected="native | reference", got=runtime)

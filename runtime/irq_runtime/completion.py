@@ -117,6 +117,16 @@ def complete(
     """
     if runtime not in RUNTIMES:
         raise UsageError("unknown runtime", expected=" | ".join(RUNTIMES), got=runtime)
+    if dtype != "float32" and runtime != "reference":
+        raise UsageError(
+            f"only the reference computes in {dtype}", got=runtime, hint="Choose the reference runtime"
+        )
+    if runtime == "reference" and (mode != "exact" or half_cache):
+        raise UsageError(
+            "the reference is exact, and its cache is of its dtype",
+            got=f"mode {mode}, half_cache {half_cache}",
+            hint="Choose the native runtime",
+        )
     if not chat and (system is not None or template_variables):
         raise UsageError(
             "a system message and variables of the template belong to a chat",

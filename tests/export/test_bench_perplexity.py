@@ -88,6 +88,14 @@ def test_divergence_from_saved_logits(folder: Path, tmp_path: Path) -> None:
     for runtime in ("native", "reference"):
         with pytest.raises(UsageError, match="no such context"):
             perplexity(model=folder / "m.gguf", text=folder / "text.txt", context=513, runtime=runtime)
+    with pytest.raises(UsageError, match="one mode"):
+        perplexity(
+            model=folder / "m.gguf",
+            text=folder / "text.txt",
+            context=CONTEXT,
+            runtime="reference",
+            mode="fast",
+        )
 
 
 def test_what_is_no_text_and_no_saved_logits(folder: Path, tmp_path: Path) -> None:

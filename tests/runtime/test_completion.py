@@ -62,7 +62,8 @@ def test_greedy_text(stories_gguf: Path) -> None:
 def test_greedy_tokens_are_those_of_transformers(
     stories: PreTrainedModel, stories_gguf: Path, runtime: str
 ) -> None:
-    result = complete(model=stories_gguf, prompt=PROMPT, max_tokens=200, runtime=runtime, dtype="float64")
+    dtype = "float64" if runtime == "reference" else "float32"
+    result = complete(model=stories_gguf, prompt=PROMPT, max_tokens=200, runtime=runtime, dtype=dtype)
     ids = torch.tensor([result.prompt_tokens])
     with torch.no_grad():
         expected = stories.double().generate(ids, max_new_tokens=200, do_sample=False)
@@ -75,6 +76,22 @@ def test_logits_are_those_of_transformers(stories: PreTrainedModel, stories_gguf
         expected = stories.double()(torch.tensor([tokens])).logits[0].numpy()
     got = load_model(stories_gguf).logits(tokens)
     assert np.mean((got - expected) ** 2) / np.var(expected) < NMSE_FLOAT64
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float64"},
+        {"dtype": "float64", "runtime": "native"},
+        {"runtime": "reference", "mode": "fast"},
+        {"runtime": "reference", "half_cache": True},
+    ],
+    ids=str,
+)
+def test_options_of_the_other_runtime_are_refused(stories_gguf: Path, options: dict[str, object]) -> None:
+    """Rather than ignored."""
+    with pytest.raises(UsageError, match="reference"):
+        complete(model=stories_gguf, prompt=PROMPT, **options)
 
 
 def test_stop_string(stories_gguf: Path) -> None:
