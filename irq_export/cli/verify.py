@@ -29,6 +29,7 @@ _PATH = click.Path(path_type=Path)
     multiple=True,
     help="PEFT adapter directory (default: the checkpoint's own); repeatable for ONNX, one for each adapter.",
 )
+@click.option("--no-adapter", is_flag=True, help="FILE has no adapter, though the checkpoint has one.")
 @click.option("--adapter-gguf", type=_PATH, help="A separate adapter file that belongs to FILE.")
 @click.option(
     "--runtime",
@@ -58,6 +59,7 @@ def command(
     file: Path,
     against: Path,
     adapters: tuple[Path, ...],
+    no_adapter: bool,
     adapter_gguf: Path | None,
     runtimes: tuple[str, ...],
     text: Path | None,
@@ -89,6 +91,7 @@ def command(
             file,
             against=against,
             adapter=adapters or None,
+            no_adapter=no_adapter,
             adapter_gguf=adapter_gguf,
             runtimes=runtimes or None,
             text=text,

@@ -1,78 +1,83 @@
-"""The levels of a verification below the logits: container, tokenizer and template, greedy tokens."""
+"""The levels of a verification below the logits: tokenizer and template, greedy tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
+from irq_export.parity.metadata import tokenizer_keys_check
 from irq_export.parity.report import Check
 from irq_export.parity.runtimes import LlamaCppRuntime, Runtime
 from irq_export.parity.target import Target
+from irq_export.parity.tokenizers import CHATS, TrainedTokenizer, tokens_check
+from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import IrqError
-from irq_formats.gguf.reader import GgufFile
-from irq_runtime.tokenizer import load_tokenizer
+from irq_formats.files import read_small
+from irq_formats.strict_json import parse_object
+from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["corpus", "greedy_level", "tokenizer_level"]
+__all__ = ["PROMPT_TOKENS", "greedy_level", "tokenizer_level"]
 
-_CHAT = [
-    {"role": "system", "content": "You answer in one word."},
-    {"role": "user", "content": "Is 2 + 2 = 4?"},
-]
+#: Tokens of the text that are continued greedily.
+PROMPT_TOKENS = 8
 
-
-def corpus() -> list[str]:
-    """Return the fixed lines that both tokenizers encode."""
-    text = (Path(__file__).parent / "corpus.txt").read_text(encoding="utf-8")
-    return text.splitlines()
+_MAX_JSON_BYTES = 1 << 20  # of generation_config.json; they have hundreds
 
 
-def tokenizer_level(target: Target, checkpoint: Path, llama: LlamaCppRuntime | None) -> Iterator[Check]:
-    """Compare token ids of the corpus, and the rendered chat template, with the checkpoint's tokenizer.
+def tokenizer_level(target: Target, checkpoint: Checkpoint, llama: LlamaCppRuntime | None) -> Iterator[Check]:
+    """Compare the file's tokenizer, its end tokens and its chat template with the checkpoint's.
 
     Args:
         target: The export.
-        checkpoint: Directory with the tokenizer as trained.
+        checkpoint: Holds the tokenizer as trained.
         llama: A running llama.cpp that has the export loaded, or None.
+
+    Raises:
+        MalformedFile: transformers cannot read the checkpoint's tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    trained = AutoTokenizer.from_pretrained(checkpoint)
-    lines = [*corpus(), "\n".join(corpus()[:3])]
-    expected = [trained(line)["input_ids"] for line in lines]
-    ours = load_tokenizer(target.gguf)
-    yield _same_tokens("file", lines, expected, [ours.encode(line) for line in lines])
-    decoded = [ours.decode(ids) == trained.decode(ids, skip_special_tokens=True) for ids in expected]
-    yield Check("tokenizer", "decoding", all(decoded), f"{sum(decoded)} of {len(lines)} lines equal")
+    trained, ours = TrainedTokenizer(checkpoint.path), load_tokenizer(target.gguf)
+    samples = trained.samples()
+    yield tokens_check("file", samples, ours.encode)
+    decoded = [ours.decode(one.tokens) == trained.decode(one.tokens) for one in samples]
+    yield Check("tokenizer", "decoding", all(decoded), f"{sum(decoded)} of {len(decoded)} lines equal")
     if llama is not None:
-        yield _same_tokens("llama.cpp", lines, expected, [llama.tokenize(line) for line in lines])
-    if trained.chat_template:
-        yield _same_template(target.gguf, trained.apply_chat_template)
+        yield tokens_check("llama.cpp", samples, llama.tokenize)
+    yield tokenizer_keys_check(target, checkpoint, encodes=llama is not None)
+    yield _same_ends(checkpoint, trained, ours)
+    if trained.has_template:
+        yield _same_template(trained, ours)
 
 
-def _same_tokens(name: str, lines: list[str], expected: list[list[int]], got: list[list[int]]) -> Check:
-    wrong = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
-    detail = f"{len(lines) - len(wrong)} of {len(lines)} lines equal"
-    if wrong:
-        detail += f"; first difference in line {wrong[0] + 1}: {lines[wrong[0]]!r:.60}"
-    return Check("tokenizer", f"{name} against checkpoint", not wrong, detail, {"different_lines": wrong})
+def _same_ends(checkpoint: Checkpoint, trained: TrainedTokenizer, ours: Tokenizer) -> Check:
+    """Compare the tokens that end a reply: those at which transformers stops, and the tokenizer's own end."""
+    path = checkpoint.path / "generation_config.json"
+    generation = parse_object(read_small(path, limit=_MAX_JSON_BYTES), where=path) if path.is_file() else {}
+    ends = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    listed = ends if isinstance(ends, list) else [ends]
+    expected = {end for end in (*listed, trained.end) if isinstance(end, int) and 0 <= end < trained.size}
+    got = set(ours.stop_tokens)
+    detail = f"{len(got)} equal" if got == expected else f"expected {sorted(expected)}, got {sorted(got)}"
+    return Check("tokenizer", "end tokens", got == expected, detail, {"tokens": sorted(got)})
 
 
-def _same_template(gguf: GgufFile, apply: object) -> Check:
-    tokenizer = load_tokenizer(gguf)
-    for chat in (_CHAT, _CHAT[1:]):
+def _same_template(trained: TrainedTokenizer, ours: Tokenizer) -> Check:
+    rendered = 0
+    for chat in CHATS:
         try:
-            expected = apply(chat, tokenize=False, add_generation_prompt=True)  # type: ignore[operator]
+            expected: object = trained.render(chat)
         except Exception as error:  # noqa: BLE001  a template may refuse a system message: then so must ours
             expected = error
         try:
-            got: object = tokenizer.render_chat(chat)
+            got: object = ours.render_chat(chat)
         except IrqError as error:
             got = error
         if isinstance(expected, Exception) and isinstance(got, Exception):
             continue
         if expected != got:
             return Check("tokenizer", "chat template", False, f"expected {expected!r:.80}, got {got!r:.80}")
-    return Check("tokenizer", "chat template", True, "rendered alike")
+        rendered += 1
+    detail = f"{rendered} of {len(CHATS)} conversations rendered alike"
+    detail += ", the others refused alike" if rendered < len(CHATS) else ""
+    return Check("tokenizer", "chat template", True if rendered else None, detail)
 
 
 def greedy_level(

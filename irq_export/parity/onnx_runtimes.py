@@ -135,7 +135,7 @@ def run_genai(
     tokens: Tokens,
     prompt: Sequence[int],
     greedy: int,
-    texts: Sequence[str],
+    texts: Sequence[tuple[str, bool]],
     never: int,
     threads: int,
 ) -> GenaiAnswer:
@@ -148,7 +148,7 @@ def run_genai(
         tokens: To compute logits of.
         prompt: To continue.
         greedy: Tokens to generate.
-        texts: To encode.
+        texts: To encode, and whether to add special tokens.
         never: A token that the models do not generate; the only one that ends a text.
         threads: Compute threads.
 
@@ -168,7 +168,7 @@ def run_genai(
                 "tokens": [int(token) for token in tokens],
                 "prompt": list(prompt),
                 "greedy": greedy,
-                "texts": list(texts),
+                "texts": [list(text) for text in texts],
                 "no_token": never,
                 "threads": threads,
                 "output": output,

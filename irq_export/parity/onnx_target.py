@@ -156,7 +156,7 @@ def open_onnx_target(path: Path, checkpoint: Checkpoint, adapters: Sequence[Path
     Args:
         path: The folder, or its model.
         checkpoint: What it was made from.
-        adapters: PEFT directories; none takes the checkpoint's own, if the export has an adapter.
+        adapters: PEFT directories of the adapters it must have.
 
     Raises:
         UsageError: The adapters of the export and those given are not the same.
@@ -168,18 +168,15 @@ def open_onnx_target(path: Path, checkpoint: Checkpoint, adapters: Sequence[Path
     beside = {file.name.removesuffix(ADAPTER_SUFFIX) for file in folder.glob(f"*{ADAPTER_SUFFIX}")}
     inputs = {value.name for value in model.proto.graph.input}
     has_baked = any(name.endswith(".lora_A") and name not in inputs for name in model.tensors)
-    given = [*adapters] or (
-        [checkpoint.adapter_dir] if checkpoint.adapter_dir and (beside or has_baked) else []
-    )
-    sources = {OnnxOptions.adapter_name(directory): directory for directory in given}
-    fits = len(sources) == len(given) == 1 if has_baked else sources.keys() == beside
+    sources = {OnnxOptions.adapter_name(directory): directory for directory in adapters}
+    fits = len(sources) == len(adapters) == 1 if has_baked else sources.keys() == beside
     if not fits:
         raise UsageError(
             "the adapters given are not those of the export",
             where=folder,
             expected="one directory" if has_baked else ", ".join(sorted(beside)) or "none",
-            got=", ".join(str(directory) for directory in given) or "none",
-            hint="Give the PEFT directory of each with --adapter",
+            got=", ".join(str(directory) for directory in adapters) or "none",
+            hint="Give the PEFT directory of each with --adapter-dir, or --no-adapter if it has none",
         )
     return OnnxTarget(
         model, checkpoint, _options(model, checkpoint), sources, next(iter(sources)) if has_baked else None

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irq_export.parity.gates import FLOAT32_NMSE, LOAD_MEMORY_RATIO, LOSSY_NMSE, SESSION_BYTES
-from irq_export.parity.levels import corpus
+from irq_export.parity.levels import PROMPT_TOKENS
 from irq_export.parity.metrics import compare
 from irq_export.parity.onnx_runtimes import GenaiAnswer, OnnxRuntime, count_kernels, measure_load, run_genai
 from irq_export.parity.onnx_target import Case, OnnxTarget, open_onnx_target
-from irq_export.parity.report import Check
+from irq_export.parity.report import Check, nmse_check
 from irq_export.parity.runtimes import TorchRuntime
+from irq_export.parity.tokenizers import Sample, TrainedTokenizer, tokens_check
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.onnx.operators import DOMAIN
@@ -30,7 +31,6 @@ __all__ = ["ONNX_RUNTIMES", "installed_runtimes", "onnx_checks"]
 #: ``+irq``: with our library.
 ONNX_RUNTIMES = ("onnxruntime", "onnxruntime+irq", "genai", "genai+irq")
 
-_PROMPT_TOKENS = 8  # of the text, continued greedily
 #: An adapter whose effect is smaller than this could be forgotten and the gates would hold.
 _APART = 100 * FLOAT32_NMSE
 
@@ -75,13 +75,17 @@ def onnx_checks(
         return
     tensors = target.tensor_level()
     yield tensors
-    encoder, texts = _Encoder(target), [*corpus(), "\n".join(corpus()[:3])]
-    expected = encoder.trained(texts)
-    yield from encoder.checks(texts, expected)
-    tokens = np.array(encoder.trained([text])[0][:positions])
+    tokenizer = TrainedTokenizer(checkpoint.path)
+    samples = tokenizer.samples()
+    yield from _tokenizer_level(target, samples)
+    tokens = np.array(tokenizer.encode(text)[:positions])
     if tokens.size < 2:
         raise UsageError("the text is too short to compare logits", expected="2 tokens", got=int(tokens.size))
     names = [name for name in runtimes if target.options.profile == "irq" or not name.endswith("+irq")]
+    if runtimes and not names:
+        raise UsageError(
+            "an export of profile stock has no nodes for our library", where=path, got=", ".join(runtimes)
+        )
     for name in names:
         if name.startswith("onnxruntime"):
             yield _memory_check(target, name)
@@ -98,46 +102,32 @@ def onnx_checks(
         if name.startswith("onnxruntime"):
             yield from _session_level(target, name, trained, tokens, threads=threads, exact=exact)
         else:
-            yield from _genai_level(
-                target, name, trained, tokens, texts, expected, threads=threads, exact=exact
-            )
+            yield from _genai_level(target, name, trained, tokens, samples, threads=threads, exact=exact)
 
 
-class _Encoder:
-    """The tokenizer as trained, and the one in the folder."""
+def _tokenizer_level(target: OnnxTarget, samples: Sequence[Sample]) -> Iterator[Check]:
+    """Compare the files, and what transformers reads from them."""
+    source = target.checkpoint.path
+    files = [
+        file.name
+        for pattern in ("tokenizer*", "chat_template*", "config.json", "generation_config.json")
+        for file in sorted(source.glob(pattern))
+        if file.is_file()
+    ]
+    wrong = [name for name in files if not _same_file(target.folder / name, source / name)]
+    detail = f"{len(files)} files byte-equal" if not wrong else f"differ: {', '.join(wrong)}"
+    yield Check("tokenizer", "files", not wrong, detail, gate="byte-equal")
+    if not wrong:
+        exported = TrainedTokenizer(target.folder)
+        yield tokens_check(
+            "transformers in the folder",
+            samples,
+            lambda text, add_special: exported.encode(text, add_special=add_special),
+        )
 
-    def __init__(self, target: OnnxTarget) -> None:
-        from transformers import AutoTokenizer
 
-        self._folder = target.folder
-        self._trained = AutoTokenizer.from_pretrained(target.checkpoint.path)
-        self._files = [
-            file.name
-            for pattern in ("tokenizer*", "chat_template*", "config.json", "generation_config.json")
-            for file in sorted(target.checkpoint.path.glob(pattern))
-            if file.is_file()
-        ]
-        self._source = target.checkpoint.path
-
-    def trained(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of every text."""
-        return [list(self._trained(text, verbose=False)["input_ids"]) for text in texts]
-
-    def checks(self, texts: Sequence[str], expected: Sequence[list[int]]) -> Iterator[Check]:
-        """Compare the files, and what transformers reads from them."""
-        from transformers import AutoTokenizer
-
-        wrong = [name for name in self._files if not self._same(name)]
-        detail = f"{len(self._files)} files byte-equal" if not wrong else f"differ: {', '.join(wrong)}"
-        yield Check("tokenizer", "files", not wrong, detail, gate="byte-equal")
-        if not wrong:
-            exported = AutoTokenizer.from_pretrained(self._folder)
-            got = [list(exported(text)["input_ids"]) for text in texts]
-            yield _tokens_check("transformers in the folder", texts, expected, got)
-
-    def _same(self, name: str) -> bool:
-        path = self._folder / name
-        return path.is_file() and path.read_bytes() == (self._source / name).read_bytes()
+def _same_file(path: Path, other: Path) -> bool:
+    return path.is_file() and path.read_bytes() == other.read_bytes()
 
 
 class _Trained:
@@ -153,7 +143,7 @@ class _Trained:
     def of(cls, checkpoint: Checkpoint, case: Case, tokens: NDArray[np.integer], greedy: int) -> _Trained:
         """Run torch; its model is gone afterwards."""
         runtime = TorchRuntime(checkpoint.path, case.adapter, "float32")
-        prompt = tokens[:_PROMPT_TOKENS].tolist()
+        prompt = tokens[:PROMPT_TOKENS].tolist()
         return cls(case, runtime.logits(tokens), runtime.greedy(prompt, greedy), prompt)
 
 
@@ -214,8 +204,7 @@ def _genai_level(
     name: str,
     trained: Sequence[_Trained],
     tokens: NDArray[np.integer],
-    texts: Sequence[str],
-    expected: Sequence[list[int]],
+    samples: Sequence[Sample],
     *,
     threads: int,
     exact: bool,
@@ -229,14 +218,14 @@ def _genai_level(
             tokens=tokens,
             prompt=trained[0].prompt,
             greedy=len(trained[0].greedy),
-            texts=texts,
+            texts=[(one.text, one.add_special) for one in samples],
             never=next(token for token in range(vocab) if token not in expected_tokens),
             threads=threads,
         )
     except UnsupportedModel as error:
         yield Check("logits", name, False, str(error))
         return
-    yield _genai_tokens_check(name, texts, expected, answer.encoded)
+    yield _genai_tokens_check(name, samples, answer.encoded)
     for one, logits, found in zip(trained, answer.logits, answer.greedy, strict=True):
         yield _logits_check(name, one, logits, tokens, exact=exact)
         if one.greedy:
@@ -246,18 +235,8 @@ def _genai_level(
 def _logits_check(
     name: str, one: _Trained, logits: NDArray[np.floating], tokens: NDArray[np.integer], *, exact: bool
 ) -> Check:
-    bound = FLOAT32_NMSE if exact else LOSSY_NMSE
     metrics = compare(one.logits, logits, tokens)
-    return Check(
-        "logits",
-        f"{name} against {one.name}",
-        metrics.nmse <= bound,
-        f"NMSE {metrics.nmse:.2e}, KL {metrics.kl_mean:.2e}, top-1 {metrics.top1:.1%}, "
-        f"perplexity {metrics.perplexity:.4f} ({metrics.perplexity_reference:.4f}), "
-        f"{metrics.positions} positions",
-        {**metrics.to_dict(), "nmse_bound": bound},
-        f"NMSE <= {bound:g}",
-    )
+    return nmse_check(f"{name} against {one.name}", metrics, FLOAT32_NMSE if exact else LOSSY_NMSE)
 
 
 def _greedy_check(name: str, one: _Trained, found: list[int], *, exact: bool) -> Check:
@@ -272,24 +251,13 @@ def _greedy_check(name: str, one: _Trained, found: list[int], *, exact: bool) ->
     )
 
 
-def _tokens_check(
-    name: str, texts: Sequence[str], expected: Sequence[list[int]], got: Sequence[list[int]]
-) -> Check:
-    wrong = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
-    detail = f"{len(texts) - len(wrong)} of {len(texts)} lines equal"
-    if wrong:
-        detail += f"; first difference in line {wrong[0] + 1}: {texts[wrong[0]]!r:.60}"
-    return Check("tokenizer", f"{name} against checkpoint", not wrong, detail, {"different_lines": wrong})
-
-
-def _genai_tokens_check(
-    name: str, texts: Sequence[str], expected: Sequence[list[int]], got: Sequence[list[int]]
-) -> Check:
+def _genai_tokens_check(name: str, samples: Sequence[Sample], got: Sequence[list[int]]) -> Check:
     """Compare genai's tokenizer, which reads the same files in its own way.
 
     It takes other characters than Hugging Face for numerals (½ in SmolLM's pre-tokenizer), which no file can
     mend: lines of ASCII decide, the others are reported.
     """
-    check = _tokens_check(name, texts, expected, got)
-    passed = all(not texts[i].isascii() for i in check.values["different_lines"])
+    encoded = iter(got)
+    check = tokens_check(name, samples, lambda text, add_special: next(encoded))
+    passed = all(not samples[i].text.isascii() for i in check.values["different_lines"])
     return replace(check, passed=passed, gate="lines of ASCII equal")

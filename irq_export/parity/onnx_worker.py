@@ -80,8 +80,10 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
     encoded = None
     if job["texts"]:
         tokenizer = onnxruntime_genai.Tokenizer(model)
-        tokenizer.update_options(add_special_tokens="true")  # as transformers does unasked
-        encoded = [tokenizer.encode(text).tolist() for text in job["texts"]]
+        encoded = []
+        for text, add_special in job["texts"]:
+            tokenizer.update_options(add_special_tokens=str(add_special).lower())
+            encoded.append(tokenizer.encode(text).tolist())
     return {"greedy": greedy, "encoded": encoded}
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
-__all__ = ["REPORT_SCHEMA", "Check", "ParityReport"]
+from irq_export.parity.metrics import LogitMetrics
+
+__all__ = ["REPORT_SCHEMA", "Check", "ParityReport", "nmse_check"]
 
 #: Version of the JSON report (formats/schema/parity-report.schema.json).
 REPORT_SCHEMA = "irq.parity/1"
@@ -54,6 +56,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def nmse_check(name: str, metrics: LogitMetrics, bound: float) -> Check:
+    """Return the check that log-probabilities are apart by at most ``bound`` in NMSE."""
+    return Check(
+        "logits",
+        name,
+        metrics.nmse <= bound,
+        f"NMSE {metrics.nmse:.2e}, KL {metrics.kl_mean:.2e}, top-1 {metrics.top1:.1%}, "
+        f"perplexity {metrics.perplexity:.4f} ({metrics.perplexity_reference:.4f}), "
+        f"{metrics.positions} positions",
+        {**metrics.to_dict(), "nmse_bound": bound},
+        f"NMSE <= {bound:g}",
+    )
 
 
 @dataclass(frozen=True)

@@ -169,9 +169,9 @@ class LlamaCppRuntime:
     ) -> None:
         self._server.close()
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a text, with the special tokens llama.cpp adds."""
-        return self._server.tokenize(text)
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        """Return the tokens of a text, with the special tokens llama.cpp adds unless told not to."""
+        return self._server.tokenize(text, add_special)
 
     def logits(self, tokens: Tokens) -> NDArray[np.floating]:
         """Return log-probabilities float32 ``(n, vocab)``."""

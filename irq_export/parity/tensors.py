@@ -10,30 +10,27 @@ from irq_export.parity.target import Target
 from irq_formats.adapter import Adapter, fold_adapter_layers
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import ParityFailed
-from irq_formats.gguf import GgufFile, open_gguf
+from irq_formats.gguf import open_gguf
 from irq_formats.gguf.irq_payload import read_adapter
 
-__all__ = ["tensor_level"]
+__all__ = ["exported_adapter", "tensor_level"]
 
-_EMPTY = Adapter({}, None, {})
 _PROFILE = {"irq": "irq", "pair": "stock", "merged": "merge"}
 
 
-def tensor_level(target: Target, checkpoint: Checkpoint, adapter: Adapter | None) -> Iterator[Check]:
+def tensor_level(target: Target, checkpoint: Checkpoint, adapter: Adapter) -> Iterator[Check]:
     """Compare codes, scales, offsets, plain tensors and adapter.
 
     Args:
         target: The export.
         checkpoint: What it was made from.
-        adapter: The adapter as trained, or None.
+        adapter: The adapter as trained; no layers for none.
 
     Yields:
         One check; ``values["exact"]`` says whether the file holds the weights without rounding.
     """
     extra = None if target.adapter is None else open_gguf(target.adapter)
-    expected = adapter or _EMPTY
-    if target.kind != "merged" and not _keeps_beta(target, extra):
-        expected = fold_adapter_layers(expected)
+    expected = exported_adapter(target, adapter)
     try:
         found = compare_files(_PROFILE[target.kind], target.gguf, extra, checkpoint, expected)
     except ParityFailed as error:
@@ -49,7 +46,10 @@ def tensor_level(target: Target, checkpoint: Checkpoint, adapter: Adapter | None
     yield Check("tensors", "file against checkpoint", True, detail, values, "bit-equal")
 
 
-def _keeps_beta(target: Target, extra: GgufFile | None) -> bool:
-    """Return whether the file holds the elastic connections unfolded."""
-    layers = read_adapter(extra or target.gguf) if target.kind == "irq" else {}
-    return any(layer.has_iec for layer in layers.values())
+def exported_adapter(target: Target, adapter: Adapter) -> Adapter:
+    """Return the adapter as the file holds it: folded, unless that has elastic connections."""
+    if target.kind == "merged":
+        return adapter
+    source = target.gguf if target.adapter is None else open_gguf(target.adapter)
+    layers = read_adapter(source) if target.kind == "irq" else {}
+    return adapter if any(layer.has_iec for layer in layers.values()) else fold_adapter_layers(adapter)

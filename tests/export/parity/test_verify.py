@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -20,12 +21,14 @@ from irq_export.export.gguf import to_gguf
 from irq_export.iec import random_adapter
 from irq_export.parity.metrics import compare, log_softmax
 from irq_export.parity.report import Check, ParityReport
+from irq_export.parity.tokenizers import CHATS, Sample, TrainedTokenizer
 from irq_export.parity.verify import verify
 from irq_export.quantize_model import quantize
 from irq_export.quantizer import load_model
 from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import MalformedFile, UsageError, WrongBase
-from irq_formats.gguf import open_gguf
+from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError, WrongBase
+from irq_formats.gguf import STR, U32, GgufValue, TensorSource, open_gguf, write_gguf
+from irq_formats.manifest import write_manifest
 from irq_formats.peft_adapter import write_peft_adapter
 
 QUICK = {"positions": 40, "greedy": 6}
@@ -93,8 +96,7 @@ def test_a_short_context_is_said_and_kept(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     write_tiny_checkpoint(tmp_path / "c", vocab_size=VOCAB_SIZE, max_position_embeddings=32)
     save_tiny_tokenizer(tmp_path / "c")
-    settings = tmp_path / "c" / "tokenizer_config.json"  # transformers 5 takes no special token as a table
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "</s>"}))
+    plain_end_token(tmp_path / "c")
     to_gguf(tmp_path / "c", tmp_path / "pair", profile="stock")
     report = verify(tmp_path / "pair", against=tmp_path / "c", threads=1)
     first = report.checks[0]
@@ -150,6 +152,142 @@ def test_one_changed_byte_fails(irq: Case, tmp_path: Path, name: str) -> None:
         file.write(bytes([byte ^ 0x10]))
     report = verify(broken, against=irq.checkpoint, adapter=irq.adapter, runtimes=["reference"], **QUICK)
     assert "tensors" in failed(report)
+
+
+def rewritten(source: Path, target: Path, change: dict[str, GgufValue | None]) -> Path:
+    """Copy a GGUF file with some keys set, or taken out."""
+    gguf = open_gguf(source)
+    values = {key: value for key, value in {**gguf.values, **change}.items() if value is not None}
+    sources = [
+        TensorSource(t.name, t.shape, t.type, partial(gguf.read, t.name)) for t in gguf.tensors.values()
+    ]
+    write_gguf(target, values, sources)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "checks"),
+    [
+        ({"tokenizer.ggml.eos_token_id": U32(77)}, {"keys", "end tokens", "chat template"}),
+        (
+            {"tokenizer.ggml.bos_token_id": U32(77)},
+            {"keys", "chat template", "file against checkpoint"},
+        ),
+        ({"tokenizer.ggml.add_bos_token": None}, {"keys"}),
+        ({"tokenizer.ggml.tokens": None}, {"keys"}),
+        ({"tokenizer.ggml.eot_token_id": U32(5)}, {"keys", "end tokens"}),
+        ({"tokenizer.chat_template.rag": STR("x")}, {"keys"}),
+        ({"irq.model.max_position_embeddings": U32(100000)}, {"metadata"}),
+        ({"irq.adapter.base_hash": None}, {"metadata"}),
+        ({"irq.more": U32(1)}, {"metadata"}),
+        ({"general.name": STR("Ours"), "general.license": STR("MIT")}, set()),
+    ],
+)
+def test_a_changed_key_fails(
+    irq: Case, tmp_path: Path, change: dict[str, GgufValue | None], checks: set[str]
+) -> None:
+    """The arrays, the logits and the tokens of texts are right; what is wrong stands beside them."""
+    file = rewritten(irq.exported, tmp_path / "model.gguf", change)
+    report = verify(
+        file, against=irq.checkpoint, adapter=irq.adapter, runtimes=["reference"], positions=8, greedy=0
+    )
+    assert {check.name for check in report.checks if check.passed is False} == checks, report.to_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "checks"),
+    [
+        ("base.gguf", {"llama.context_length": U32(100000)}, {"metadata"}),
+        ("base.gguf", {"llama.attention.sliding_window": U32(4)}, {"metadata"}),
+        ("base.gguf", {"tokenizer.ggml.eos_token_id": None}, {"keys", "end tokens", "chat template"}),
+        ("base.gguf", {"tokenizer.ggml.pre": STR("llama-bpe")}, {"keys"}),
+        ("adapter.gguf", {"adapter.alora.invocation_tokens": U32.array([5])}, {"metadata"}),
+    ],
+)
+def test_a_changed_key_of_a_pair_fails(
+    pair: Case, tmp_path: Path, name: str, change: dict[str, GgufValue | None], checks: set[str]
+) -> None:
+    shutil.copytree(pair.exported, tmp_path / "pair")
+    (tmp_path / "pair" / name).unlink()
+    rewritten(pair.exported / name, tmp_path / "pair" / name, change)
+    report = verify(
+        tmp_path / "pair",
+        against=pair.checkpoint,
+        adapter=pair.adapter,
+        runtimes=["reference"],
+        positions=8,
+        greedy=0,
+    )
+    assert {check.name for check in report.checks if check.passed is False} == checks, report.to_text()
+
+
+@pytest.mark.parametrize("merge", ["bf16", "f32"])
+def test_merged_files_and_decoded_pairs_have_their_own_keys(irq: Case, tmp_path: Path, merge: str) -> None:
+    options = {"merge": "bf16"} if merge == "bf16" else {"profile": "stock", "nf_type": "bf16"}
+    to_gguf(irq.checkpoint, tmp_path / "x", adapter_dir=irq.adapter, **options)
+    report = verify(
+        tmp_path / "x",
+        against=irq.checkpoint,
+        adapter=irq.adapter,
+        runtimes=["native"],
+        positions=8,
+        greedy=0,
+    )
+    assert report.passed, report.to_text()
+
+
+def test_added_tokens_and_conversations_are_encoded(pair: Case, tmp_path: Path) -> None:
+    """A token that takes the spaces behind it with it: only texts that hold it can show that."""
+    other = tmp_path / "checkpoint"
+    shutil.copytree(pair.checkpoint, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][-1]["rstrip"] = True
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_manifest(other, json.loads((other / "manifest.json").read_text())["extra"])
+    report = verify(
+        pair.exported,
+        against=other,
+        adapter=pair.adapter,
+        runtimes=["llama.cpp"],
+        positions=8,
+        greedy=0,
+    )
+    wrong = {check.name: check for check in report.checks if check.passed is False}
+    assert {"file against checkpoint", "llama.cpp against checkpoint"} <= wrong.keys(), report.to_text()
+    token = tokenizer["added_tokens"][-1]["content"]
+    assert all(token in sample.text for sample in wrong_samples(other, wrong["file against checkpoint"]))
+
+
+def wrong_samples(checkpoint: Path, check: Check) -> list[Sample]:
+    samples = TrainedTokenizer(checkpoint).samples()
+    return [samples[i] for i in check.values["different_lines"]]
+
+
+def test_every_added_token_is_encoded(irq: Case) -> None:
+    trained = TrainedTokenizer(irq.checkpoint)
+    seen = {token for sample in trained.samples() for token in sample.tokens}
+    document = json.loads((irq.checkpoint / "tokenizer.json").read_text())
+    assert document["added_tokens"]
+    assert {token["id"] for token in document["added_tokens"]} <= seen
+    chats = [trained.render(chat) for chat in CHATS]
+    assert [sample.text for sample in trained.samples() if not sample.add_special] == chats
+
+
+def test_a_template_that_refuses_all_proves_nothing(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "c", vocab_size=VOCAB_SIZE)
+    save_tiny_tokenizer(tmp_path / "c", chat_template="{{ raise_exception('no') }}")
+    plain_end_token(tmp_path / "c")
+    to_gguf(tmp_path / "c", tmp_path / "m.gguf")
+    report = verify(tmp_path / "m.gguf", against=tmp_path / "c", runtimes=["native"], positions=8, greedy=0)
+    assert report.passed, report.to_text()
+    [check] = [check for check in report.checks if check.name == "chat template"]
+    assert check.passed is None
+
+
+def plain_end_token(checkpoint: Path) -> None:
+    """transformers 5 takes no special token as a table."""
+    settings = checkpoint / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "</s>"}))
 
 
 def test_logits_that_are_not_numbers_fail(pair: Case, tmp_path: Path) -> None:
@@ -232,6 +370,68 @@ def test_file_of_another_checkpoint_fails(irq: Case, pair: Case) -> None:
 def test_adapter_of_another_base_is_refused(irq: Case, pair: Case) -> None:
     with pytest.raises(WrongBase):
         verify(irq.exported, against=irq.checkpoint, adapter=pair.adapter, runtimes=["reference"], **QUICK)
+
+
+def test_a_dropped_adapter_is_proved_as_dropped(irq: Case, tmp_path: Path) -> None:
+    """The checkpoint has an adapter of its own, the file was exported without it."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(irq.checkpoint, checkpoint)
+    shutil.copytree(irq.adapter, checkpoint / "adapter")
+    to_gguf(checkpoint, tmp_path / "m.gguf", adapter="drop")
+    arguments = ["verify", str(tmp_path / "m.gguf"), "--against", str(checkpoint), "--runtime", "native"]
+    arguments += ["--positions", "8", "--greedy", "0"]
+    assert CliRunner().invoke(main, arguments).exit_code == 4
+    assert CliRunner().invoke(main, [*arguments, "--no-adapter"]).exit_code == 0
+    kept = ["verify", str(irq.exported), *arguments[2:], "--no-adapter"]
+    assert CliRunner().invoke(main, kept).exit_code == 4
+    both = CliRunner().invoke(main, [*arguments, "--no-adapter", "--adapter-dir", str(irq.adapter)])
+    assert both.exit_code == 2
+
+
+def test_a_scale_needs_an_adapter(irq: Case, tmp_path: Path) -> None:
+    """Else 0 would pass, which is what must fail."""
+    to_gguf(irq.checkpoint, tmp_path / "plain.gguf")
+    to_gguf(irq.checkpoint, tmp_path / "merged.gguf", adapter_dir=irq.adapter, adapter="merge", merge="bf16")
+    for name in ("plain", "merged"):
+        with pytest.raises(UsageError, match="no adapter to scale"):
+            verify(tmp_path / f"{name}.gguf", against=irq.checkpoint, adapter_scale=0.0)
+
+
+def test_what_no_runtime_runs_is_not_equal(irq: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"against": irq.checkpoint, "adapter": irq.adapter, "positions": 8, "greedy": 0}
+    with pytest.raises(UsageError, match="cannot open a file of profile irq"):
+        verify(irq.exported, runtimes=["llama.cpp"], **options)
+    beside = verify(irq.exported, runtimes=["llama.cpp", "native"], **options)
+    assert beside.passed
+    [check] = [check for check in beside.checks if check.name == "llama.cpp"]
+    assert check.passed is None
+
+    def refuse(*_: object) -> None:
+        raise UnsupportedModel("the engine does not compute with this type")
+
+    monkeypatch.setattr("irq_export.parity.native.NativeRuntime", refuse)
+    assert failed(verify(irq.exported, runtimes=["native", "llama.cpp"], **options)) == {"logits"}
+    assert verify(irq.exported, runtimes=["native", "reference"], **options).passed
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_bad_input(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "c", vocab_size=VOCAB_SIZE)
+    save_tiny_tokenizer(tmp_path / "c")  # a special token as a table
+    to_gguf(tmp_path / "c", tmp_path / "m.gguf")
+    with pytest.raises(MalformedFile, match="transformers cannot read the tokenizer"):
+        verify(tmp_path / "m.gguf", against=tmp_path / "c", runtimes=["native"], positions=8, greedy=0)
+
+
+def test_a_file_without_tokenizer_is_proved_on_random_tokens(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "c")
+    to_gguf(tmp_path / "c", tmp_path / "m.gguf")
+    options = {"against": tmp_path / "c", "runtimes": ["reference", "native"], "positions": 8, "greedy": 3}
+    report = verify(tmp_path / "m.gguf", **options)
+    assert report.passed, report.to_text()
+    assert sum(check.level == "logits" for check in report.checks) == 3
+    save_tiny_tokenizer(tmp_path / "c")
+    lost = verify(tmp_path / "m.gguf", **options)
+    assert failed(lost) == {"tokenizer"}
 
 
 def test_bad_calls_are_refused(irq: Case, tmp_path: Path) -> None:
