@@ -202,6 +202,7 @@ def load_model(
     Raises:
         MalformedFile: A file breaks its specification.
         UnsupportedModel: Another architecture, or a block type the reference does not decode.
-        WrongBase: The adapter belongs to another base.
+        WrongBase: The adapter belongs to another base, or to another pair.
+        UsageError: The base of a pair without its adapter.
     """
     return ReferenceModel(open_weights(path, adapter, adapter_scale))

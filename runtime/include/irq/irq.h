@@ -29,7 +29,7 @@ typedef enum irq_status {
     IRQ_USAGE = 2,       /* an argument is out of range, a file does not exist, a sequence is full */
     IRQ_MALFORMED = 3,   /* a file breaks its specification, or changed on disk */
     IRQ_UNSUPPORTED = 4, /* a file is well formed, but this version cannot run it */
-    IRQ_WRONG_BASE = 5   /* the adapter was trained against another quantised base */
+    IRQ_WRONG_BASE = 5   /* the adapter was trained against another quantised base, or is of another pair */
 } irq_status;
 
 typedef enum irq_mode {
@@ -39,7 +39,8 @@ typedef enum irq_mode {
 } irq_mode;
 
 typedef struct irq_options {
-    const char *adapter;  /* adapter file, or NULL: what the model embeds */
+    const char *adapter;  /* adapter file, or NULL: what the model embeds. A base.gguf whose offsets lie in
+                             its adapter.gguf is refused without it */
     double adapter_scale; /* 1: as trained */
     uint32_t threads;     /* 1 to 256 */
     irq_mode mode;
