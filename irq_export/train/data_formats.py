@@ -10,6 +10,7 @@ import bz2
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from typing import Any
 
 from irq_formats.errors import MalformedFile, UsageError
 
-__all__ = ["FORMATS", "Message", "detect_format", "load_conversations", "read_rows"]
+__all__ = ["FORMATS", "HUB_PREFIX", "Message", "detect_format", "load_conversations", "read_rows"]
 
 Message = dict[str, str]
 Row = Mapping[str, Any]
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-_HUB_PREFIX = "hf:"
+
+#: Marks the name of a data set of the hub.
+HUB_PREFIX = "hf:"
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def load_conversations(source: str, data_format: str = "auto") -> tuple[str, lis
         UsageError: There is no such file, or its format is not clear.
         MalformedFile: The file does not parse, or a row lacks a text.
     """
-    rows = _read_hub(source) if source.startswith(_HUB_PREFIX) else read_rows(Path(source))
+    rows = _read_hub(source) if source.startswith(HUB_PREFIX) else read_rows(Path(source))
     if not rows:
         raise MalformedFile("no rows", where=source)
     form = detect_format(rows, source, data_format)
@@ -150,28 +153,45 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise UsageError(
-            "no such file", where=path, hint=f"A data set of the hub is written {_HUB_PREFIX}NAME"
+            "no such file", where=path, hint=f"A data set of the hub is written {HUB_PREFIX}NAME"
         )
     suffixes = [suffix for suffix in path.suffixes if suffix not in _OPENERS]
     if not suffixes or suffixes[-1] not in (".json", ".jsonl", ".ndjson"):
         raise UsageError("unknown kind of file", where=path, expected=".json | .jsonl [.gz | .xz | .bz2]")
-    opener: Any = _OPENERS.get(path.suffix, open)
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-        raise MalformedFile("does not read as text", where=path, got=error) from error
-    try:
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise MalformedFile("not JSON", where=path, got=error) from error
+    rows = _parse(_read_text(path), path)
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise MalformedFile(f"row {i} is not an object", where=path, got=type(row).__name__)
-    return list(rows)
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    opener: Any = _OPENERS.get(path.suffix, open)
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return str(file.read())
+    except (UnicodeDecodeError, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise MalformedFile("does not read as text", where=path, got=error) from error
+    except OSError as error:
+        if error.errno is not None:  # of the system; gzip's and bz2's own have none
+            raise
+        raise MalformedFile("does not read as text", where=path, got=error) from error
+
+
+def _parse(text: str, path: Path) -> list[Any]:
+    """Read an array, or a value a line: strings may hold what else Unicode has to end a line."""
+    where = str(path)
+    try:
+        if text.lstrip().startswith("["):
+            return list(json.loads(text))
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                where = f"{path}: line {number}"
+                rows.append(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        raise MalformedFile("not JSON", where=where, got=error) from error
+    return rows
 
 
 def detect_format(rows: Sequence[Row], where: str, wanted: str = "auto") -> Format:
@@ -245,7 +265,7 @@ def _read_hub(source: str) -> list[Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    name, _, split = source.removeprefix(_HUB_PREFIX).partition(":")
+    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
     try:
         return list(load_dataset(name, split=split or "train"))
     except (DatasetsError, OSError, ValueError) as error:

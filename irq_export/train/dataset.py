@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from irq_export.train.data_formats import load_conversations
 from irq_export.train.prompts import IGNORED, Example, choose_prompt, encode
 from irq_formats.errors import MalformedFile
 
-__all__ = ["Collator", "EpochOrder", "Row", "Rows", "load_rows", "pack"]
+__all__ = ["Collator", "EpochOrder", "Row", "Rows", "load_data", "load_rows", "pack"]
 
 #: Batches whose examples are sorted together: long enough to pair like lengths, short enough to stay random.
 _BATCHES_SORTED = 50
@@ -92,19 +93,40 @@ class Rows(Dataset[Row]):
         return digest.hexdigest()
 
 
-def load_rows(sources: Sequence[str], tokenizer: Any, config: TrainConfig) -> Rows:
+def load_data(config: TrainConfig, tokenizer: Any, vocab_size: int) -> tuple[Rows, Rows | None]:
+    """Read the training data of a run and its held-out data, as :func:`load_rows` does."""
+    rows = load_rows(config.data, tokenizer, config, vocab_size=vocab_size)
+    if not config.eval_data:
+        return rows, None
+    whole = replace(config, max_examples=None)
+    return rows, load_rows(config.eval_data, tokenizer, whole, vocab_size=vocab_size)
+
+
+def load_rows(
+    sources: Sequence[str], tokenizer: Any, config: TrainConfig, *, vocab_size: int | None = None
+) -> Rows:
     """Read, tokenise, cut and pack training data.
+
+    Args:
+        sources: Files, or names of data sets.
+        tokenizer: A fast tokenizer of transformers.
+        config: Of the run.
+        vocab_size: Tokens that the model has; None does not check.
 
     Raises:
         UsageError: A source or its format is not clear, or the model lacks what the data needs.
-        MalformedFile: A source does not parse, or no example has anything to learn.
+        MalformedFile: A source does not parse, no example has anything to learn, or the model has no
+            embedding of a token.
+        UnsupportedModel: The chat template cannot be learnt from.
     """
     examples: list[Example] = []
     notes = []
     for source in sources:
         data_format, conversations = load_conversations(source, config.data_format)
         prompt = choose_prompt(tokenizer, data_format, config.prompt)
-        encoded = [encode(tokenizer, messages, prompt) for messages in conversations]
+        asked = [messages for messages in conversations if messages[0]["role"] != "assistant"]
+        encoded = [encode(tokenizer, messages, prompt) for messages in asked]
+        _check_ids(encoded, vocab_size, source)
         long = sum(len(example.ids) > config.max_length for example in encoded)
         kept = [cut for cut in (example.cut(config.max_length) for example in encoded) if cut.targets]
         notes.append(
@@ -113,6 +135,11 @@ def load_rows(sources: Sequence[str], tokenizer: Any, config: TrainConfig) -> Ro
             + (
                 f", {len(encoded) - len(kept):,} dropped with nothing to learn"
                 if len(kept) < len(encoded)
+                else ""
+            )
+            + (
+                f", {len(conversations) - len(asked):,} dropped that begin with the assistant"
+                if len(asked) < len(conversations)
                 else ""
             )
         )
@@ -129,19 +156,36 @@ def load_rows(sources: Sequence[str], tokenizer: Any, config: TrainConfig) -> Ro
     return Rows(tuple(rows), tuple(notes))
 
 
+def _check_ids(examples: Sequence[Example], vocab_size: int | None, where: str) -> None:
+    """Refuse tokens for which the model has no embedding."""
+    highest = max((int(example.ids.max(initial=0)) for example in examples), default=0)
+    if vocab_size is not None and highest >= vocab_size:
+        raise MalformedFile(
+            "the tokenizer has tokens that the model does not have",
+            where=where,
+            expected=f"at most {vocab_size - 1}",
+            got=highest,
+            hint="Take the model's own tokenizer, or resize the model's embedding to it",
+        )
+
+
 def pack(examples: Sequence[Example], max_length: int) -> list[Row]:
     """Fill rows of at most ``max_length`` tokens with whole examples: longest first, first row that fits."""
     rows: list[list[Example]] = []
-    free: list[int] = []
+    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # heaps of rows, by free tokens
+    first = np.full(max_length + 1, len(examples))  # the lowest of each heap, or one that there never is
     for example in sorted(examples, key=lambda example: -len(example.ids)):
         length = len(example.ids)
-        place = next((i for i, room in enumerate(free) if room >= length), None)
-        if place is None:
+        room = length + int(first[length:].argmin())
+        if with_room[room]:
+            place = heappop(with_room[room])
+            first[room] = with_room[room][0] if with_room[room] else len(examples)
+        else:
+            place, room = len(rows), max_length
             rows.append([])
-            free.append(max_length)
-            place = len(rows) - 1
         rows[place].append(example)
-        free[place] -= length
+        heappush(with_room[room - length], place)
+        first[room - length] = with_room[room - length][0]
     return [tuple(row) for row in rows]
 
 

@@ -139,7 +139,10 @@ def _template(tokenizer: Any, turns: list[Message], *, generate: bool) -> str:
 
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
-    except TemplateError as error:
+    except (
+        TemplateError,
+        ValueError,
+    ) as error:  # transformers' own: none of several templates is the default
         raise UnsupportedModel(
             "the chat template refuses the conversation",
             expected="roles it knows",

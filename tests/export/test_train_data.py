@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import lzma
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -119,12 +121,51 @@ def test_files_that_do_not_parse_are_refused(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[[1]]")
     (tmp_path / "cut.json.gz").write_bytes(b"no gzip")
     (tmp_path / "null.json").write_text('[{"instruction": "a", "output": null}]')
-    for name in ("bad.jsonl", "list.json", "cut.json.gz", "null.json"):
-        with pytest.raises(MalformedFile):
+    (tmp_path / "no.json.bz2").write_bytes(b"no bzip2")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    damaged = bytearray(gzip.compress(json.dumps(ROWS["alpaca"] * 99).encode()))
+    damaged[12:40] = b"\xff" * 28
+    (tmp_path / "damaged.json.gz").write_bytes(damaged)
+    names = [
+        "bad.jsonl",
+        "list.json",
+        "cut.json.gz",
+        "null.json",
+        "no.json.bz2",
+        "deep.json",
+        "damaged.json.gz",
+    ]
+    for name in names:
+        with pytest.raises(MalformedFile, match=name):
             load_conversations(str(tmp_path / name))
     for name in ("absent.json", "tatsu-lab/alpaca"):
         with pytest.raises(UsageError, match="no such file"):
             load_conversations(name)
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    """A string may hold the other line breaks of Unicode as they are, and a mistake is told with its line."""
+    row = {"instruction": "a\u2028b\u2029c\u0085d", "output": "yes"}
+    lines = [json.dumps(row, ensure_ascii=False)] * 2
+    (tmp_path / "lines.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    _, conversations = load_conversations(str(tmp_path / "lines.jsonl"))
+    assert [messages[0]["content"] for messages in conversations] == [row["instruction"]] * 2
+    (tmp_path / "lines.jsonl").write_text("\n".join([*lines, "{"]), encoding="utf-8")
+    with pytest.raises(MalformedFile, match="line 3: not JSON"):
+        load_conversations(str(tmp_path / "lines.jsonl"))
+
+
+def test_conversations_that_begin_with_the_assistant_are_dropped(tmp_path: Path) -> None:
+    """ShareGPT has such rows: no template renders the nothing that was asked."""
+    turns = [
+        {"from": "gpt", "value": "Hello"},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "b"},
+    ]
+    source = write(tmp_path / "d.json", [{"conversations": turns}, *ROWS["sharegpt"]])
+    rows = load_rows([source], tokenizer_of(tmp_path, template=CHATML), TrainConfig())
+    assert len(rows) == 1
+    assert "1 examples, 1 dropped that begin with the assistant" in rows.notes[0]
 
 
 @pytest.mark.parametrize("kind", [*PRE_TOKENIZERS, "sentencepiece"])
@@ -152,9 +193,10 @@ def test_templates_that_end_with_the_end_of_text(tmp_path: Path) -> None:
     [
         ("{{ raise_exception('no') }}", "refuses"),
         ("{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}", "rewrites"),
+        ([{"name": "rag", "template": "a"}, {"name": "tool_use", "template": "b"}], "refuses"),  # no default
     ],
 )
-def test_templates_that_cannot_be_learnt_from_are_refused(template: str, says: str, tmp_path: Path) -> None:
+def test_templates_that_cannot_be_learnt_from_are_refused(template: Any, says: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=says):
         encode(tokenizer_of(tmp_path, template=template), TWO_TURNS, "chat")
 
@@ -225,6 +267,24 @@ def test_packing_changes_no_loss() -> None:
     with torch.no_grad():  # the comparison can fail: examples that see each other
         loss = model(**broken, use_cache=False, num_items_in_batch=total).loss.item()
     assert loss != pytest.approx(losses[1], rel=1e-6)
+
+
+def test_packing_takes_the_first_row_that_fits_and_no_longer_than_sorting() -> None:
+    lengths = np.random.default_rng(2).integers(1, 65, 60_000)
+    made = [Example(np.zeros(length, np.int32), np.zeros(length, np.int32)) for length in lengths]
+    expected: list[list[Example]] = []
+    for example in sorted(made[:500], key=lambda example: -len(example.ids)):
+        fitting = (row for row in expected if sum(len(e.ids) for e in row) + len(example.ids) <= 64)
+        row = next(fitting, None)
+        if row is None:
+            expected.append(row := [])
+        row.append(example)
+    assert [[id(e) for e in row] for row in pack(made[:500], 64)] == [
+        [id(e) for e in row] for row in expected
+    ]
+    started = time.monotonic()
+    pack(made, 64)
+    assert time.monotonic() - started < 5  # 0.2 s; looking at every row took 18 s
 
 
 @pytest.mark.parametrize("group", [True, False])
