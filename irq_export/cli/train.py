@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from irq_export.cli.common import console, emit, json_option, progress, verb
 from irq_export.train.config import Setting, TrainConfig, make_config, settings
+
+if TYPE_CHECKING:
+    from irq_export.train.run_dir import RunDir
 
 __all__ = ["command"]
 
@@ -57,7 +63,7 @@ def command(config_file: Path | None, resume: bool, dry_run: bool, as_json: bool
     from irq_export.train.run_dir import RunDir
 
     if resume and flags["output"] and config_file is None:
-        begun = RunDir(Path(flags["output"])).state / "run.json"
+        begun = RunDir(Path(flags["output"])).record_file
         if begun.is_file():
             said = {name: value for name, value in flags.items() if value is not None and value != ()}
             flags = {**_recorded(begun), **said}
@@ -67,8 +73,14 @@ def command(config_file: Path | None, resume: bool, dry_run: bool, as_json: bool
         return
     from irq_export.train.run import train
 
-    with _steps() as report:
-        result = train(config, resume=resume, report=report, say=_say)
+    try:
+        with _steps() as report:
+            result = train(config, resume=resume, report=report, say=_say)
+    except KeyboardInterrupt:
+        run = RunDir(Path(config.output))
+        if not run.record_file.is_file():
+            raise
+        _stop(run)
     if not _is_first():
         return
     lines = [
@@ -79,6 +91,15 @@ def command(config_file: Path | None, resume: bool, dry_run: bool, as_json: bool
         f"wrote {result.output}: checkpoint, adapter, train/metrics.jsonl",
     ]
     emit({"train": result.to_dict()}, "\n".join(lines), as_json=as_json)
+
+
+def _stop(run: RunDir) -> NoReturn:
+    """End after an interruption of a run that is begun: what there is of it stays."""
+    if os.environ.get("RANK", "0") == "0":  # accelerate may not have been asked yet
+        states = run.states()
+        step = states[-1].name.removeprefix("checkpoint-") if states else 0
+        _say(f"interrupted; irq-export train -o {run.path} --resume goes on after step {step}")
+    sys.exit(130)
 
 
 def _recorded(path: Path) -> dict[str, Any]:
@@ -94,16 +115,19 @@ def _recorded(path: Path) -> dict[str, Any]:
 
 
 def _show_plan(config: TrainConfig, *, as_json: bool) -> None:
-    from irq_export.train.dataset import load_rows
+    from irq_export.train.base import open_base
+    from irq_export.train.dataset import load_data
     from irq_export.train.memory import estimate_memory
     from irq_export.train.run import bytes_per_value
     from irq_export.trained_tokenizer import load_tokenizer
 
     estimate = estimate_memory(config, bytes_per_value=bytes_per_value(config))
-    rows = load_rows(config.data, load_tokenizer(config.model), config)
-    steps = config.steps or round(-(-len(rows) // config.batch_size) * config.epochs)
+    vocab_size = open_base(config).model.vocab_size
+    rows, held_out = load_data(config, load_tokenizer(config.model), vocab_size)
+    steps = config.steps or ceil(-(-len(rows) // config.batch_size) * config.epochs)
     lines = [
         *rows.notes,
+        *(held_out.notes if held_out else ()),
         f"{steps:,} steps of {config.batch_size}",
         f"{estimate.trainable:,} parameters to train",
         f"base {estimate.base:,} bytes, adapter with gradients and optimizer {estimate.adapter:,} bytes",
@@ -115,6 +139,7 @@ def _show_plan(config: TrainConfig, *, as_json: bool) -> None:
     plan = {
         "settings": config.to_dict(),
         "data": list(rows.notes),
+        "eval_data": list(held_out.notes) if held_out else [],
         "steps": steps,
         "memory": estimate.to_dict(),
     }

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -107,6 +108,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{_flag(name)} must be positive", got=value)
+        for name in ("alpha", "lr", "epochs", "weight_decay"):
+            if not isfinite(getattr(self, name)):
+                raise UsageError(f"{_flag(name)} must be finite", got=getattr(self, name))
+        if not 0 <= self.seed < 1 << 32:
+            raise UsageError("--seed lies in [0, 2^32)", got=self.seed)
         if not 0 <= self.dropout < 1 or not 0 <= self.adam_beta2 < 1:
             raise UsageError("--dropout and --adam-beta2 lie in [0, 1)")
         if self.warmup_steps < 0 or self.weight_decay < 0:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 
+from irq_export.quantize_plan import QuantizePlan
+from irq_export.train.base import Base, open_base
 from irq_export.train.config import TrainConfig
-from irq_export.train.run_dir import is_quantized, quantize_settings
 from irq_formats.blocks import BlockSpec, part_layout
-from irq_formats.checkpoint import open_checkpoint
-from irq_formats.model import ModelConfig
-from irq_formats.names import gguf_to_hf, linear_names, tensor_shapes
+from irq_formats.names import tensor_shapes
 
 __all__ = ["MemoryEstimate", "estimate_memory"]
 
@@ -66,48 +64,33 @@ def estimate_memory(config: TrainConfig, *, bytes_per_value: int, devices: int =
         UnsupportedModel: It cannot be trained.
         MalformedFile: It contradicts itself.
     """
-    model, base, disk = _base(config, bytes_per_value)
-    shapes = {gguf_to_hf(name): shape for name, shape in tensor_shapes(model).items()}
-    adapted = [
-        name
-        for name in linear_names(model)
-        if not config.targets or name.rpartition(".")[2] in config.targets
-    ]
-    trainable = sum(config.rank * sum(shapes[f"{name}.weight"]) + 2 * config.iec for name in adapted)
+    base = open_base(config)
+    model = base.model
     rows = config.micro_batch or -(-config.batch_size // devices)
     tokens = rows * config.max_length
     layer = tokens * (6 * model.hidden_size + 4 * model.intermediate_size) * bytes_per_value
     kept = tokens * model.hidden_size * bytes_per_value * model.num_hidden_layers
     if not config.gradient_checkpointing:
         kept = layer * model.num_hidden_layers
-    largest = max(prod(shape) for shape in shapes.values()) * bytes_per_value
+    sizes = [prod(shape) for shape in tensor_shapes(model).values()]
+    largest = max(sizes) * bytes_per_value
     logits = tokens * model.vocab_size * 4 * _LOGITS
     activations = kept + layer + largest + logits
-    measured = config.importance_source == "data" and not is_quantized(Path(config.model))
-    measuring = bytes_per_value * sum(map(prod, shapes.values())) if measured else 0
-    return MemoryEstimate(base, 16 * trainable, activations, trainable, disk, measuring)
+    measured = config.importance_source == "data" and isinstance(base.source, QuantizePlan)
+    measuring = bytes_per_value * sum(sizes) if measured else 0
+    held = _held_bytes(base, bytes_per_value)
+    return MemoryEstimate(held, 16 * base.trainable, activations, base.trainable, base.disk_bytes, measuring)
 
 
-def _base(config: TrainConfig, bytes_per_value: int) -> tuple[ModelConfig, int, int]:
-    """Return the model, its bytes in memory, and its bytes on disk."""
-    path = Path(config.model)
-    if is_quantized(path):
-        checkpoint = open_checkpoint(path, verify=False)
-        blocks = sum(_block_bytes(entry.spec, entry.shape) for entry in checkpoint.blocks.values())
-        plain = sum(prod(ref.shape) for ref in checkpoint.plain.values())
-        disk = blocks + sum(ref.nbytes for ref in checkpoint.plain.values())
-        return checkpoint.model, blocks + plain * bytes_per_value, disk
-    from irq_export.quantize_plan import plan_quantization
-
-    settings = quantize_settings(config)
-    keys = ("codebook", "tau", "scale_rounding")
-    spec = BlockSpec(**{key: settings[key] for key in keys if key in settings})
-    plan = plan_quantization(path, spec, embedding=settings.get("embedding"))
-    base = sum(
-        prod(tensor.ref.shape) * bytes_per_value if tensor.spec is None else tensor.nbytes
-        for tensor in plan.tensors
-    )
-    return ModelConfig.from_hf(plan.config), base, plan.output_bytes
+def _held_bytes(base: Base, bytes_per_value: int) -> int:
+    """Return the bytes of the model in memory."""
+    if isinstance(base.source, QuantizePlan):
+        return sum(
+            prod(tensor.ref.shape) * bytes_per_value if tensor.spec is None else tensor.nbytes
+            for tensor in base.source.tensors
+        )
+    blocks = sum(_block_bytes(entry.spec, entry.shape) for entry in base.source.blocks.values())
+    return blocks + sum(prod(ref.shape) for ref in base.source.plain.values()) * bytes_per_value
 
 
 def _block_bytes(spec: BlockSpec, shape: tuple[int, int]) -> int:

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 
 from irq_export.peft_iec import LINEARS, IrqLoraConfig
 from irq_export.quantizer import load_model
+from irq_export.train.base import open_base
 from irq_export.train.callbacks import MetricsCallback, OrderCallback, Report, StateCallback
 from irq_export.train.config import TrainConfig
-from irq_export.train.dataset import Collator, EpochOrder, Rows, load_rows
+from irq_export.train.dataset import Collator, EpochOrder, load_data
 from irq_export.train.run_dir import RunDir
 from irq_export.train.sharding import (
     check_sharding,
@@ -36,10 +37,15 @@ from irq_export.train.sharding import (
 from irq_export.train.trainer import AdapterTrainer
 from irq_export.trained_tokenizer import load_tokenizer
 from irq_formats.adapter import Adapter
+from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import UsageError
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
+from irq_formats.preflight import check_room
 
 __all__ = ["TrainReport", "bytes_per_value", "train"]
+
+#: Bytes a trained parameter that every run writes: of a state (weight, Adam's moments) and of the adapter.
+_WRITTEN = 16
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,15 @@ def train(
     on_cuda = arguments.device.type == "cuda"  # asking for the device sets up the processes
     place = PartialState()
     say_once = say if place.is_main_process else lambda line: None
+    begun = run.path.is_dir()
     if place.is_main_process:
-        run.check_target(resume=resume)
+        run.check_target(config, resume=resume)
+    vocab_size = _check_model(config, run, begun=begun)
     place.wait_for_everyone()
-    tokenizer = load_tokenizer(run.path if run.path.is_dir() else config.model)
-    rows, held_out = _data(config, tokenizer, say_once)  # refused before the model is touched
+    tokenizer = load_tokenizer(run.path if begun else config.model)
+    rows, held_out = load_data(config, tokenizer, vocab_size)  # refused before anything is computed
+    for note in (*rows.notes, *(held_out.notes if held_out else ())):
+        say_once(note)
     with place.main_process_first():
         base_hash = run.prepare(
             config, rows.sample, device=arguments.device.type, progress=report, say=say_once
@@ -120,7 +130,8 @@ def train(
     state = None
     with place.main_process_first():
         if place.is_main_process:
-            run.record(config, {"base_hash": base_hash, "data_sha256": rows.digest()}, resume=resume)
+            data = {"data_sha256": rows.digest(), "eval_sha256": held_out.digest() if held_out else None}
+            run.record(config, {"base_hash": base_hash, **data})
         if resume:
             state = run.latest_state()
     if place.is_main_process:
@@ -143,7 +154,7 @@ def train(
         rows,
         order,
         held_out,
-        Collator(_pad_id(tokenizer), packed=config.packing),
+        Collator(_pad_id(tokenizer, vocab_size), packed=config.packing),
         model=model,
         args=arguments,
         callbacks=[
@@ -171,15 +182,13 @@ def train(
     )
 
 
-def _data(config: TrainConfig, tokenizer: Any, say: Callable[[str], None]) -> tuple[Rows, Rows | None]:
-    """Read training and held-out data, and say what they are."""
-    rows = load_rows(config.data, tokenizer, config)
-    held_out = None
-    if config.eval_data:
-        held_out = load_rows(config.eval_data, tokenizer, replace(config, max_examples=None))
-    for note in (*rows.notes, *(held_out.notes if held_out else ())):
-        say(note)
-    return rows, held_out
+def _check_model(config: TrainConfig, run: RunDir, *, begun: bool) -> int:
+    """Check the model, and the room for the run where it is not begun; return the size of the vocabulary."""
+    if begun:
+        return open_checkpoint(run.path, verify=False).model.vocab_size
+    base = open_base(config)
+    check_room(run.path, base.disk_bytes + _WRITTEN * base.trainable)
+    return base.model.vocab_size
 
 
 def _step(state: Path | None) -> int:
@@ -269,6 +278,10 @@ def _arguments(config: TrainConfig, run: RunDir) -> TrainingArguments:
 
 
 def _optimizer(config: TrainConfig) -> str:
+    if config.optimizer == "paged_adamw_32bit" and find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "bitsandbytes is not installed", hint="pip install bitsandbytes, or --optimizer adamw_torch"
+        )
     if config.optimizer != "auto":
         return config.optimizer
     paged = not config.fsdp and _device(config) == "cuda" and find_spec("bitsandbytes") is not None
@@ -302,10 +315,10 @@ def _model(config: TrainConfig, run: RunDir, *, verify: bool) -> PeftModel:
     return adapted
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """A token for padding; masked, so that any will do."""
+def _pad_id(tokenizer: Any, vocab_size: int) -> int:
+    """A token for padding; masked, so that any that the model has will do."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in ids if token is not None)
+    return next(int(token) for token in ids if token is not None and token < vocab_size)
 
 
 def _last(logs: list[dict[str, Any]], key: str) -> float:

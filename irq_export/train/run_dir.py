@@ -15,6 +15,7 @@ A state without a valid manifest was interrupted and is removed, never resumed.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,23 +24,29 @@ from typing import Any
 
 import numpy as np
 
+from irq_export.train.base import is_quantized, quantize_settings
 from irq_export.train.config import TrainConfig
+from irq_export.train.data_formats import HUB_PREFIX
 from irq_formats.atomic import atomic_dir, atomic_file
-from irq_formats.checkpoint import open_checkpoint, read_config
+from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import MalformedFile, OutputExists, UsageError
 from irq_formats.manifest import MANIFEST_NAME, check_manifest, write_manifest
 from irq_formats.peft_adapter import WEIGHTS_NAME
-from irq_formats.preflight import check_room
-from irq_formats.quantization import QUANT_METHOD
+from irq_formats.preflight import check_dir_target, check_room
 from irq_formats.safetensors_io import open_safetensors
 from irq_formats.strict_json import parse_object
 
-__all__ = ["RunDir", "is_quantized", "quantize_settings"]
+__all__ = ["RunDir"]
 
 #: Settings that may differ when a run goes on: they change what is written, not what is computed.
 _FREE = {"log_every", "eval_every", "save_every", "keep", "tensorboard", "device", "micro_batch", "output"}
+#: Settings that only say where the data lie: their digests decide whether they are the same.
+_MOVABLE = {"data", "eval_data"}
 #: Settings that may also differ while the learning rate does not depend on them.
 _LENGTH = {"epochs", "steps"}
+
+#: Values of settings that name files else.
+_NO_FILES = {("importance", "data"), ("importance", "none")}
 
 #: Tokens of training data below which importance is not measured on them.
 _ENOUGH = 4096
@@ -72,16 +79,38 @@ class RunDir:
         """One JSON object a line."""
         return self.state / "metrics.jsonl"
 
-    def check_target(self, *, resume: bool) -> None:
+    @property
+    def record_file(self) -> Path:
+        """Settings, base hash and digests of the data."""
+        return self.state / "run.json"
+
+    def check_target(self, config: TrainConfig, *, resume: bool) -> None:
         """Check the directory before any work.
 
         Raises:
             OutputExists: It exists and the run is not resumed.
+            UsageError: It is resumed and no run was begun here, or one with other settings.
         """
-        if self.path.exists() and not resume:
+        if not os.path.lexists(self.path):
+            check_dir_target(self.path, overwrite=False)
+            return
+        if not resume:
             raise OutputExists(
                 "output exists", where=self.path, hint="Continue it with --resume, or choose another name"
             )
+        if not self.record_file.is_file():
+            raise UsageError(
+                "no run was begun here",
+                where=self.path,
+                expected=self.record_file.relative_to(self.path),
+                hint="Leave out --resume and choose another -o; a checkpoint is trained as MODEL",
+            )
+        free = _FREE | _MOVABLE | (_LENGTH if config.schedule == "constant" else set())
+        before, now = _absolute(self._recorded().get("settings", {})), _absolute(config.to_dict())
+        _compare(self.path, before, {key: value for key, value in now.items() if key not in free})
+
+    def _recorded(self) -> dict[str, Any]:
+        return dict(parse_object(self.record_file.read_bytes(), where=self.record_file))
 
     def prepare(
         self,
@@ -143,39 +172,22 @@ class RunDir:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, directory / name)
 
-    def record(self, config: TrainConfig, identity: dict[str, Any], *, resume: bool) -> None:
-        """Write down what the run is, or check that it is the one to be resumed.
+    def record(self, config: TrainConfig, identity: dict[str, Any]) -> None:
+        """Write down what the run is, or check that it is the one that was begun here.
 
         Args:
-            config: Its settings.
-            identity: Base hash and digest of the data.
-            resume: Whether an earlier record counts.
+            config: Its settings, which :meth:`check_target` compares.
+            identity: Base hash and digests of the data.
 
         Raises:
-            UsageError: The earlier run had other settings, base or data.
+            UsageError: The earlier run had another base or other data.
         """
-        path = self.state / "run.json"
-        now = {"settings": config.to_dict(), **identity}
-        if resume and path.is_file():
-            before: Any = parse_object(path.read_bytes(), where=path)
-            free = _FREE | (_LENGTH if config.schedule == "constant" else set())
-            changed = [key for key in identity if before.get(key) != identity[key]]
-            changed += [
-                key
-                for key, value in now["settings"].items()
-                if key not in free and before.get("settings", {}).get(key, value) != value
-            ]
-            if changed:
-                raise UsageError(
-                    "not the run that was begun here",
-                    where=self.path,
-                    expected=", ".join(f"{key} {before.get('settings', before).get(key)}" for key in changed),
-                    got=", ".join(f"{key} {now['settings'].get(key, now.get(key))}" for key in changed),
-                    hint="Resume with the settings it was begun with, or choose another directory",
-                )
+        if self.record_file.is_file():
+            _compare(self.path, self._recorded(), identity)
         self.state.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, overwrite=True) as file:
-            file.write((json.dumps(now, indent=2) + "\n").encode())
+        with atomic_file(self.record_file, overwrite=True) as file:
+            record = {"settings": _absolute(config.to_dict()), **identity}
+            file.write((json.dumps(record, indent=2) + "\n").encode())
 
     def states(self) -> list[Path]:
         """Return the resumable states, oldest first; interrupted ones are left out."""
@@ -237,27 +249,30 @@ class RunDir:
             file.write("".join(kept).encode())
 
 
-def is_quantized(path: Path) -> bool:
-    """Whether a model directory is an IR-QLoRA checkpoint.
+def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the names of files as they are from any working directory."""
+    found = dict(settings)
+    for name in ("model", "output", "importance", "data", "eval_data"):
+        value = found.get(name)
+        if isinstance(value, list):
+            found[name] = [_absolute_name(item) for item in value]
+        elif isinstance(value, str) and (name, value) not in _NO_FILES:
+            found[name] = _absolute_name(value)
+    return found
 
-    Raises:
-        UsageError: There is no model.
-        UnsupportedModel: It is quantised in another way (said by ``quantize``).
-    """
-    quantization = read_config(path).get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+def _absolute_name(source: str) -> str:
+    return source if source.startswith(HUB_PREFIX) else str(Path(source).absolute())
 
 
-def quantize_settings(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings of :func:`irq_export.quantize_model.quantize` for a run.
-
-    ``--no-icq`` is bitsandbytes' own NF4, bit for bit, for nf4; the exact arithmetic for the others.
-    """
-    values: dict[str, Any] = {"codebook": config.codebook, "icq": config.icq}
-    if config.embedding == "int8":
-        values["embedding"] = "int8"
-    if config.icq is False:
-        values |= {"refine": "none", "tau": "none"}
-        if config.codebook == "nf4":
-            values |= {"tie": "first", "numerics": "reference", "scale_rounding": "none"}
-    return values
+def _compare(where: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was begun in another way; what is not on record may be anything."""
+    changed = [key for key, value in now.items() if before.get(key, value) != value]
+    if changed:
+        raise UsageError(
+            "not the run that was begun here",
+            where=where,
+            expected=", ".join(f"{key} {before[key]}" for key in changed),
+            got=", ".join(f"{key} {now[key]}" for key in changed),
+            hint="Resume with the settings it was begun with, or choose another directory",
+        )

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_models import save_tiny_model
-from tiny_tokenizers import save_tiny_tokenizer
+from tiny_training import save_tiny_training
+from tiny_training import train_arguments as arguments
 from tolerance import DDP_GRADIENT, SUM_ORDER_FLOAT32
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
@@ -33,52 +33,13 @@ from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import IrqError, MalformedFile, UsageError
 from irq_formats.peft_adapter import read_peft_adapter
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs"]
-RECIPE = [
-    "--rank",
-    "4",
-    "--lr",
-    "1e-2",
-    "--batch-size",
-    "4",
-    "--log-every",
-    "1",
-    "--max-length",
-    "96",
-    "--device",
-    "cpu",
-    "--prompt",
-    "plain",
-]
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in floating point with a tokenizer, and data."""
     path = tmp_path_factory.mktemp("train")
-    save_tiny_model(path / "model", vocab_size=384, hidden_size=64, intermediate_size=64, head_dim=16)
-    save_tiny_tokenizer(path / "model")
-    settings_file = path / "model" / "tokenizer_config.json"
-    settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "eos_token": "</s>"}))
-    rows = [
-        {"instruction": f"Say {WORDS[i % 8]}", "input": "", "output": " ".join([WORDS[i % 8]] * (i % 5 + 1))}
-        for i in range(19)
-    ]
-    (path / "data.json").write_text(json.dumps(rows))
+    save_tiny_training(path)
     return path
-
-
-def arguments(source: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "train",
-        str(source / "model"),
-        "--data",
-        str(source / "data.json"),
-        "-o",
-        str(output),
-        *RECIPE,
-        *more,
-    ]
 
 
 def invoke(*args: str) -> Any:
@@ -233,17 +194,7 @@ def test_icq_is_there_for_the_asking(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_quantised_model_trains_as_it_is(finished: Path, source: Path, tmp_path: Path) -> None:
-    invoke(
-        "train",
-        str(finished),
-        "--data",
-        str(source / "data.json"),
-        "-o",
-        str(tmp_path / "run"),
-        *RECIPE,
-        "--steps",
-        "1",
-    )
+    invoke(*arguments(source, tmp_path / "run", "--steps", "1", model=finished))
     assert open_checkpoint(tmp_path / "run").base_hash == open_checkpoint(finished).base_hash
 
 
@@ -255,6 +206,19 @@ def test_dry_run_says_what_it_costs_and_writes_nothing(source: Path, tmp_path: P
     estimate = estimate_memory(config, bytes_per_value=4)
     assert estimate.trainable == plan["memory"]["trainable"] == 2 * (4 * 2 * 64 * 5 + 2 * 4 * 96 + 2 * 7)
     assert estimate.adapter == 16 * estimate.trainable
+
+
+@pytest.mark.parametrize(
+    "targets", [["model.layers.0.self_attn.q_proj"], ["self_attn.q_proj", "mlp.down_proj"]]
+)
+def test_dry_run_counts_as_the_run_does(targets: list[str], source: Path, tmp_path: Path) -> None:
+    """Targets by more than the last part of a name, and a part of an epoch, which is rounded up."""
+    more = [word for target in targets for word in ("--targets", target)]
+    more += ["--epochs", "0.05", "--importance", "none"]
+    plan = invoke(*arguments(source, tmp_path / "run", "--dry-run", *more))["plan"]
+    run = invoke(*arguments(source, tmp_path / "run", *more))["train"]
+    assert plan["steps"] == run["steps"] == 1
+    assert plan["memory"]["trainable"] == run["trainable"] > 0
 
 
 def test_every_setting_is_a_flag_and_a_key(tmp_path: Path) -> None:
