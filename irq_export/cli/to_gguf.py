@@ -45,16 +45,13 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--int2-type",
     type=click.Choice(["auto", "q2_0", "q4_0"]),
-    default="auto",
-    show_default=True,
-    help="Profile stock, int2. auto: q2_0 (llama.cpp of July 2026 or later) where blocks are 64.",
+    help="Profile stock, int2. auto: q2_0 (llama.cpp of July 2026 or later) where blocks are 64.  "
+    "[default: auto]",
 )
 @click.option(
     "--nf-type",
     type=click.Choice(["q8_0", "bf16"]),
-    default="q8_0",
-    show_default=True,
-    help="Profile stock, nf4, nf3, nf2. q8_0: codes one to one. bf16: the decoded weights.",
+    help="Profile stock, nf4, nf3, nf2. q8_0: codes one to one. bf16: the decoded weights.  [default: q8_0]",
 )
 @click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if unknown.")
 @click.option("--dry-run", is_flag=True, help="Print tensors, bytes and peaks; write nothing.")

@@ -13,13 +13,13 @@ import tokenizers
 from tiny_checkpoints import write_tiny_checkpoint
 from tiny_tokenizers import PRE_TOKENIZERS, TEXT, VOCAB_SIZE, save_tiny_tokenizer
 
-from irq_export.export.gguf import to_gguf
+from irq_export.export.gguf import pre_tokenizer, to_gguf
 from irq_export.export.gguf.modelfile import modelfile
 from irq_export.export.gguf.tokenizer import read_tokenizer
 from irq_export.export.gguf.vocabulary import TokenType
 from irq_export.parity.llamacpp import LlamaCpp
 from irq_formats.blocks import BlockSpec
-from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel
+from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel, UsageError
 from irq_formats.gguf import STR, open_gguf
 from irq_formats.gguf.writer import encode_header
 from irq_runtime.reference import load_model
@@ -232,6 +232,17 @@ def test_an_unknown_pre_tokenizer_is_refused_with_a_way_out(tmp_path):
     assert any("pre_tokenizer" in note for note in ours.notes)
     assert "tokenizer.ggml.tokens" not in ours.values
     assert ours.values["tokenizer.ggml.bos_token_id"].value == 0
+
+
+def test_sentencepiece_has_no_pre_tokenizer(tmp_path):
+    save_tiny_tokenizer(tmp_path, "sentencepiece")
+    for stock in (True, False):
+        with pytest.raises(UsageError, match="no pre-tokenizer to name"):
+            read_tokenizer(tmp_path, VOCAB_SIZE, stock=stock, pre_tokenizer="qwen2")
+
+
+def test_every_pre_tokenizer_we_recognise_can_be_named():
+    assert set(pre_tokenizer.PRE_TOKENIZERS.values()) <= pre_tokenizer.LLAMACPP_NAMES
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,12 @@ def test_a_full_disk_is_refused_first(tmp_path, gguf_source, monkeypatch):
         ({"separate_adapter": True, "profile": "stock"}, "belongs to profile irq"),
         ({"adapter": "fold"}, "there is no adapter"),
         ({"int2_type": "q3"}, "unknown int2_type"),
+        ({"int2_type": "q4_0"}, "--int2-type is for the pair"),
+        ({"nf_type": "q8_0"}, "--nf-type is for the pair"),
+        ({"nf_type": "bf16", "merge": "f16"}, "--nf-type is for the pair"),
+        ({"profile": "stock", "merge": "f16"}, "one file, profile stock a pair"),
+        ({"pre_tokenizer": "nonsense"}, "no such pre-tokenizer"),
+        ({"pre_tokenizer": "lama-bpe"}, "expected llama-bpe"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, gguf_source, options, message):

@@ -123,8 +123,8 @@ def to_gguf(
     adapter: str = "keep",
     separate_adapter: bool = False,
     merge: str | None = None,
-    int2_type: str = "auto",
-    nf_type: str = "q8_0",
+    int2_type: str | None = None,
+    nf_type: str | None = None,
     pre_tokenizer: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -139,14 +139,14 @@ def to_gguf(
         adapter: ``keep``, ``fold``, ``merge`` (needs ``merge``) or ``drop``.
         separate_adapter: Profile irq: write the adapter to ``STEM.adapter.gguf`` beside the model.
         merge: ``f16``, ``bf16`` or ``f32``: one stock file of floating-point weights, adapter merged.
-        int2_type: Profile stock, int2: ``auto``, ``q2_0`` or ``q4_0``.
-        nf_type: Profile stock, nf codebooks: ``q8_0`` or ``bf16``.
+        int2_type: Profile stock, int2: ``auto`` (as None), ``q2_0`` or ``q4_0``.
+        nf_type: Profile stock, nf codebooks: ``q8_0`` (as None) or ``bf16``.
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it is not recognised.
         overwrite: Replace an existing output.
         progress: Called after each tensor.
 
     Raises:
-        UsageError: The arguments contradict each other.
+        UsageError: The arguments contradict each other, or do nothing together.
         MalformedFile: Checkpoint or adapter break their specification.
         UnsupportedModel: The profile cannot hold this model.
         WrongBase: The adapter was trained against another base.
@@ -292,7 +292,11 @@ def _planned_files(
         return (PlannedFile(output.name, stock_header(checkpoint.model) | tokenizer, tuple(tensors)),)
     if options.is_pair:
         return stock_files(
-            checkpoint, adapter, tokenizer, int2_type=options.int2_type, nf_type=options.nf_type
+            checkpoint,
+            adapter,
+            tokenizer,
+            int2_type=options.int2_type or "auto",
+            nf_type=options.nf_type or "q8_0",
         )
     return irq_files(checkpoint, adapter, tokenizer, output, separate_adapter=options.separate_adapter)
 

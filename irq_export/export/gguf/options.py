@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+from irq_export.export.gguf.pre_tokenizer import LLAMACPP_NAMES
 from irq_formats.errors import UsageError
 from irq_formats.gguf import GgmlType
 
@@ -28,13 +30,13 @@ class GgufOptions:
             type); ``drop``. In stock files it is always folded, in merged ones always merged.
         separate_adapter: Profile irq: write the adapter to ``STEM.adapter.gguf`` beside the model.
         merge: ``f16``, ``bf16`` or ``f32``: one stock file of floating-point weights.
-        int2_type: Profile stock, int2: ``q2_0``, ``q4_0`` or ``auto`` (q2_0 where blocks are 64).
-        nf_type: Profile stock, nf codebooks: ``q8_0`` (codes; tau in the adapter) or ``bf16`` (decoded
-            weights, tau inside).
+        int2_type: Profile stock, int2: ``q2_0``, ``q4_0`` or ``auto`` (q2_0 where blocks are 64), as None.
+        nf_type: Profile stock, nf codebooks: ``q8_0`` (codes; tau in the adapter), as None, or ``bf16``
+            (decoded weights, tau inside).
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, if it is not recognised.
 
     Raises:
-        UsageError: An unknown value, or options that contradict each other.
+        UsageError: An unknown value, or options that contradict each other or do nothing together.
     """
 
     profile: str = "irq"
@@ -42,8 +44,8 @@ class GgufOptions:
     adapter: str = "keep"
     separate_adapter: bool = False
     merge: str | None = None
-    int2_type: str = "auto"
-    nf_type: str = "q8_0"
+    int2_type: str | None = None
+    nf_type: str | None = None
     pre_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
@@ -51,8 +53,8 @@ class GgufOptions:
             ("profile", PROFILES),
             ("adapter", ADAPTER_MODES),
             ("merge", (None, *MERGE_TYPES)),
-            ("int2_type", INT2_TYPES),
-            ("nf_type", NF_TYPES),
+            ("int2_type", (None, *INT2_TYPES)),
+            ("nf_type", (None, *NF_TYPES)),
         ):
             if (got := getattr(self, name)) not in allowed:
                 raise UsageError(f"unknown {name}", expected=" | ".join(filter(None, allowed)), got=got)
@@ -63,6 +65,20 @@ class GgufOptions:
             )
         if self.separate_adapter and (self.is_stock or self.adapter == "drop"):
             raise UsageError("a separate adapter file belongs to profile irq, with an adapter")
+        if self.merge is not None and self.profile == "stock":
+            raise UsageError(
+                "--merge writes one file, profile stock a pair", hint="Leave out --profile, or --merge"
+            )
+        for option, value in (("--int2-type", self.int2_type), ("--nf-type", self.nf_type)):
+            if value is not None and not self.is_pair:
+                raise UsageError(f"{option} is for the pair of files of profile stock", got=value)
+        if self.pre_tokenizer is not None and self.pre_tokenizer not in LLAMACPP_NAMES:
+            near = get_close_matches(self.pre_tokenizer, sorted(LLAMACPP_NAMES))
+            raise UsageError(
+                "llama.cpp has no such pre-tokenizer",
+                expected=", ".join(near) or "a name of llama-vocab.cpp, such as gpt-2, llama-bpe, qwen2",
+                got=self.pre_tokenizer,
+            )
 
     @property
     def is_stock(self) -> bool:

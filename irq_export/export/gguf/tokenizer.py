@@ -20,7 +20,7 @@ from irq_export.export.gguf.llamacpp_rules import (
 )
 from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
 from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from irq_formats.errors import UnsupportedModel
+from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.files import open_fixed
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
 from irq_formats.hf_tokenizer import chat_templates, special_ids
@@ -56,6 +56,7 @@ def read_tokenizer(
         pre_tokenizer: llama.cpp's name of the pre-tokenizer, if the user knows better.
 
     Raises:
+        UsageError: ``pre_tokenizer`` is for byte-level BPE.
         UnsupportedModel: llama.cpp has no such tokenizer (``stock`` only).
         MalformedFile: The files contradict themselves.
     """
@@ -86,7 +87,7 @@ def read_tokenizer(
             raise
         values = {"tokenizer.ggml.model": STR("none")}
         notes.append(f"no tokens in llama.cpp's terms: {error}")
-    if pre_tokenizer is not None:
+    if pre_tokenizer is not None and "tokenizer.ggml.pre" in values:
         notes.append(f"pre-tokenizer {pre_tokenizer} as given: irq-export verify shows if llama.cpp agrees")
     values |= {f"tokenizer.ggml.{key}": U32(token_id) for key, token_id in special.items()}
     values |= _template_values(directory)
@@ -102,6 +103,8 @@ def _vocabulary_values(
     if vocabulary.model == "gpt2":
         values["tokenizer.ggml.pre"] = STR(pre_tokenizer or recognise_pre_tokenizer(tokenizer, path))
     else:
+        if pre_tokenizer is not None:
+            raise UsageError("a SentencePiece tokenizer has no pre-tokenizer to name", where=path)
         values["tokenizer.ggml.pre"] = STR("default")
         prefix = prefixes_space(tokenizer, vocabulary.has_inner_spaces, path)
         values["tokenizer.ggml.add_space_prefix"] = BOOL(prefix)
