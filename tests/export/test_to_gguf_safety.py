@@ -72,6 +72,14 @@ def test_wrong_base_is_refused(tmp_path, gguf_source):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_of_the_head_is_refused_by_its_name(tmp_path, gguf_source):
+    given = gguf_source("nf4")
+    head = next(iter(given.adapter.layers.values()))
+    write_peft_adapter(tmp_path / "a", replace(given.adapter, layers={"lm_head": head}))
+    with pytest.raises(MalformedFile, match=r"only linear layers of blocks can be adapted.*got output"):
+        to_gguf(given.path, tmp_path / "m.gguf", adapter_dir=tmp_path / "a")
+
+
 def test_an_adapter_without_a_hash_is_noted(tmp_path, gguf_source):
     given = gguf_source("nf4")
     write_peft_adapter(tmp_path / "a", replace(given.adapter, base_hash=None))

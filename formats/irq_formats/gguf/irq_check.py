@@ -83,7 +83,7 @@ def check_no_strangers(gguf: GgufFile, known: set[str]) -> None:
 
 
 def check_adapter_fits(layers: Mapping[str, LoraLayer], config: ModelConfig, where: object) -> None:
-    """Check that every adapted matrix is a linear layer of the model and has the adapter's shape.
+    """Check that every adapted matrix is a linear layer of a block and has the adapter's shape.
 
     Args:
         layers: By stock name without ``.weight``.
@@ -96,12 +96,18 @@ def check_adapter_fits(layers: Mapping[str, LoraLayer], config: ModelConfig, whe
     shapes = tensor_shapes(config)
     linears = {hf_to_gguf(module) for module in linear_names(config)}
     for name, layer in layers.items():
-        expected = shapes[f"{name}.weight"] if name in linears else "no such linear layer"
-        if expected != layer.shape:
+        if name not in linears:
+            raise MalformedFile(
+                "the adapter does not fit the model: only linear layers of blocks can be adapted",
+                where=where,
+                expected="q, k, v, o, gate, up or down of a block of the model",
+                got=name,
+            )
+        if shapes[f"{name}.weight"] != layer.shape:
             raise MalformedFile(
                 "the adapter does not fit the model",
                 where=f"{where}: {name}",
-                expected=expected,
+                expected=shapes[f"{name}.weight"],
                 got=layer.shape,
             )
 
