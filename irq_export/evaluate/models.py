@@ -19,7 +19,7 @@ from irq_export.hf_directory import load_causal_lm, read_tokenizer, torch_device
 from irq_export.parity.target import is_onnx
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.files import read_small
-from irq_formats.gguf.pair import model_files
+from irq_formats.gguf.pair import check_pair, model_files
 from irq_formats.gguf.reader import open_gguf
 from irq_formats.quantization import QUANT_METHOD
 from irq_formats.strict_json import parse_object
@@ -157,6 +157,7 @@ def open_model(
         else:
             from irq_export.parity.llamacpp import LlamaCpp
 
+            check_pair(open_gguf(model), None if lora is None else open_gguf(lora))  # llama.cpp does not
             with LlamaCpp(model, lora, threads=threads, ctx=source.positions - 1) as server:
                 yield EvaluatedModel(source.path, LlamaCppScorer(server), source.tokenizer)
             return

@@ -138,6 +138,9 @@ def test_stock_exports_run_in_llama_cpp(
     assert evaluate([tmp_path / "stock"], window=511, **longest).rows[0].samples == 1
     with pytest.raises(UsageError, match="at most 511 tokens"):
         evaluate([tmp_path / "stock"], window=512, **longest)
+    for runtime in ("llama.cpp", "native"):
+        with pytest.raises(UsageError, match="one half of a pair"):
+            evaluate([tmp_path / "stock" / "base.gguf"], runtime=runtime, **options)
     # nf4 on Q8_0: near, not equal; a wrong alignment of context and choice would be at chance
     assert abs(stock.rows[0].values[0] - ours.rows[0].values[0]) <= 0.25
 
