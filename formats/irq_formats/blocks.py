@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from irq_formats.codebooks import CODEBOOKS
 from irq_formats.codecs import BlockCodec, block_codec
-from irq_formats.double_quant import decode_dq8, encode_dq8, group_count
+from irq_formats.double_quant import check_zero_groups, decode_dq8, encode_dq8, group_count
 from irq_formats.errors import MalformedFile, UnsupportedModel
 
 __all__ = ["BlockSpec", "BlockTensor", "PartLayout", "encode", "encode_int8", "part_layout", "store_scales"]
@@ -187,8 +187,7 @@ class BlockTensor:
         """Check every part against its layout and every value against the specification.
 
         Raises:
-            MalformedFile: A part is missing, extra, of wrong dtype or shape, not finite, or a scale
-                or a group absmax is negative.
+            MalformedFile: A part is missing, extra, of wrong dtype or shape, or as :meth:`check_scales`.
         """
         layout = part_layout(self.spec, self.shape)
         if set(layout) != set(self.parts):
@@ -202,12 +201,35 @@ class BlockTensor:
                     expected=(dtype.name, shape),
                     got=(part.dtype.name, part.shape),
                 )
-            if dtype.kind != "f":
+        self.check_scales(where)
+
+    def check_scales(self, where: str = "block tensor") -> None:
+        """Check every value of all parts but the codes, of which any byte is valid (spec sections 5 and 6).
+
+        States of bitsandbytes and of the released code (``scale_rounding: none``) may have negative effective
+        scales, and any index in a group whose absmax is 0.
+
+        Raises:
+            MalformedFile: A stored or effective value is not finite, a scale or an absmax is negative, or a
+                group whose absmax is 0 has another index than that of 0.
+        """
+        for name, part in self.parts.items():
+            if part.dtype.kind != "f":
                 continue
             if not np.isfinite(part).all():
                 raise MalformedFile(f"part {name} is not finite", where=where)
             if name in ("scale", "scale_absmax", "tau_absmax") and (part < 0).any():  # type: ignore[operator]
                 raise MalformedFile(f"part {name} has a negative value", where=where)
+        is_ours = self.spec.scale_rounding != "none"
+        for name in ("scale", "tau"):
+            if is_ours and f"{name}_absmax" in self.parts:
+                check_zero_groups(self.parts[name], self.parts[f"{name}_absmax"], f"{where}.{name}")
+        with np.errstate(over="ignore"):
+            scale, tau = self.scale(), self.tau()
+        if not np.isfinite(scale).all() or (is_ours and (scale < 0).any()):
+            raise MalformedFile("a block scale is negative or not finite", where=where)
+        if not np.isfinite(tau).all():
+            raise MalformedFile("a block offset is not finite", where=where)
 
 
 def _fp16(values: F32) -> F32:

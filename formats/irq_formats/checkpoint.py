@@ -2,8 +2,8 @@
 
 A Hugging Face directory whose linear weights are the parts of block tensors and whose ``config.json``
 says how to read them. Opening it checks everything that can be known without decoding: the manifest, the
-configuration, that every tensor is there, known, and of the dtype and shape it must have, and the hash
-that adapters refer to.
+configuration, that every tensor is there, known, and of the dtype and shape it must have, the hash that
+adapters refer to, and that every scale and offset is one.
 """
 
 from __future__ import annotations
@@ -105,6 +105,17 @@ class Checkpoint:
         tensor.validate(where=f"{self.path}: {module}")
         return tensor
 
+    def check_scales(self, module: str) -> None:
+        """Check the scales and offsets of a block-quantised matrix; its codes stay unread: any is valid.
+
+        Raises:
+            MalformedFile: A value breaks the specification.
+        """
+        entry = self.blocks[module]
+        names = [name for name in part_layout(entry.spec, entry.shape) if name != "codes"]
+        parts = {name: self.tensors.read(f"{module}.{name}") for name in names}
+        BlockTensor(entry.spec, entry.shape, parts).check_scales(f"{self.path}: {module}")
+
     def plain_raw(self, name: str) -> NDArray[np.generic]:
         """Read a tensor in its own dtype (BF16 as its uint16 bits)."""
         return self.tensors.read(name)
@@ -120,7 +131,7 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     Args:
         path: The directory.
         verify: Also read every byte: compare the files with the manifest and the tensors with the base
-            hash. Without it only headers and JSON are read.
+            hash, and check every scale and offset. Without it only headers and JSON are read.
 
     Raises:
         MalformedFile: Anything in the directory breaks spec/irq-checkpoint.md.
@@ -142,6 +153,8 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
         found = base_hash(lines, quantization.modules)
         if found != quantization.base_hash:
             raise MalformedFile("base hash", where=path, expected=quantization.base_hash, got=found)
+        for module in blocks:
+            checkpoint.check_scales(module)
     return checkpoint
 
 

@@ -12,7 +12,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GROUP_SIZE", "decode_dq8", "dynamic_map", "encode_dq8", "group_count"]
+from irq_formats.errors import MalformedFile
+
+__all__ = ["GROUP_SIZE", "check_zero_groups", "decode_dq8", "dynamic_map", "encode_dq8", "group_count"]
 
 #: Blocks that share one second-level absmax.
 GROUP_SIZE = 256
@@ -62,6 +64,27 @@ def decode_dq8(index: U8, absmax: F32, mean: np.float32 | float = 0.0) -> F32:
     """
     group = np.repeat(absmax, GROUP_SIZE)[: index.size].reshape(index.shape)
     return (dynamic_map()[index] * group + np.float32(mean)).astype(np.float32)
+
+
+def check_zero_groups(index: NDArray[np.generic], absmax: NDArray[np.generic], where: str) -> None:
+    """Check that groups of absmax 0 hold the index of 0 throughout: one encoding per value.
+
+    Args:
+        index: uint8, any shape, read in C order.
+        absmax: float32 ``(ceil(blocks / 256),)``.
+        where: What to name in the error.
+
+    Raises:
+        MalformedFile: One does not.
+    """
+    zero_index = int(np.searchsorted(dynamic_map(), 0))
+    group = np.repeat(absmax == 0, GROUP_SIZE)[: index.size]
+    if (index.reshape(-1)[group] != zero_index).any():
+        raise MalformedFile(
+            "a group whose absmax is 0 has non-zero codes",
+            where=where,
+            expected=f"index {zero_index} throughout",
+        )
 
 
 def encode_dq8(values: F32, *, with_mean: bool) -> tuple[U8, F32, np.float32]:

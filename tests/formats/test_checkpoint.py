@@ -52,6 +52,14 @@ def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) 
     write_manifest(path, {})
 
 
+def seal(path: Path) -> None:
+    """Make base hash and manifest fit the tensors, as a writer that knows no better would."""
+    file = open_safetensors(path / WEIGHTS)
+    lines = [hash_line(n, r.dtype, r.shape, file.read(n)) for n, r in file.tensors.items()]
+    digest = base_hash(lines, open_checkpoint(path, verify=False).quantization.modules)
+    edit_config(path, lambda config: config["quantization_config"].update(base_hash=digest))
+
+
 def same(checkpoint: Checkpoint, expected: dict[str, Any]) -> bool:
     for module, tensor in expected.items():
         read = checkpoint.block_tensor(module)
@@ -232,6 +240,38 @@ def test_wrong_values_are_found_when_read(copy: Path, part: str, value: float) -
     edit_tensors(copy, lambda t: t[f"{Q}.{part}"].__setitem__(0, value))
     with pytest.raises(MalformedFile, match=part):
         open_checkpoint(copy, verify=False).block_tensor(Q)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("scale_absmax", -1.0, "scale_absmax has a negative value"),
+        ("tau_absmax", np.nan, "tau_absmax is not finite"),
+        ("scale_offset", -1.0, "scale is negative"),
+        ("scale_offset", 1e6, "scale is negative or not finite"),  # beyond fp16
+        ("tau_absmax", 0.0, "absmax is 0 has non-zero codes"),
+        ("scale_absmax", 0.0, "absmax is 0 has non-zero codes"),
+    ],
+)
+def test_what_the_blocks_specification_forbids_is_never_opened(
+    copy: Path, part: str, value: float, message: str
+) -> None:
+    """Hash and manifest are right, so only the values can tell; no exporter may meet them first."""
+    edit_tensors(copy, lambda t: t[f"{Q}.{part}"].__setitem__(..., value))
+    seal(copy)
+    with pytest.raises(MalformedFile, match=message) as error:
+        open_checkpoint(copy)
+    assert Q in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["scale_offset", "tau_absmax"])
+def test_states_of_bitsandbytes_move_as_they_are(tmp_path: Path, part: str) -> None:
+    """With scale_rounding none, negative scales and other indices of 0 are values that others have made."""
+    path = tmp_path / "c"
+    write_tiny_checkpoint(path, BlockSpec(scale_rounding="none"))
+    edit_tensors(path, lambda t: t[f"{Q}.{part}"].__setitem__(..., -1.0 if part == "scale_offset" else 0.0))
+    seal(path)
+    assert (open_checkpoint(path).block_tensor(Q).scale() < 0).any() == (part == "scale_offset")
 
 
 def _q(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:

@@ -44,10 +44,7 @@ Of an adapted matrix (block-quantised or not)::
 
 Everything else is a stock tensor under its stock name, in F32, F16 or BF16.
 
-Beyond :meth:`BlockTensor.validate`, effective scales and offsets must be finite. Unless scale_rounding is
-none (states moved from bitsandbytes or the released code), scales must not be negative, and a dq8 group
-whose absmax is 0 may hold nothing but the index of 0 (one encoding per value). Every violation is a
-:class:`MalformedFile`.
+Values are those that :meth:`BlockTensor.validate` accepts. Every violation is a :class:`MalformedFile`.
 """
 
 from __future__ import annotations
@@ -61,7 +58,6 @@ from numpy.typing import NDArray
 
 from irq_formats.adapter import LoraLayer, check_base_hash
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
-from irq_formats.double_quant import GROUP_SIZE, dynamic_map
 from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.fields import Fields
 from irq_formats.gguf.reader import GgufFile
@@ -246,31 +242,8 @@ def load_block(gguf: GgufFile, entry: BlockEntry) -> BlockTensor:
         stored = gguf.read(f"{entry.name}.{part}")
         parts[part] = stored.view(np.uint8) if dtype == np.uint8 else stored
     tensor = BlockTensor(entry.spec, entry.shape, parts)
-    where = f"{gguf.path}: {entry.name}"
-    tensor.validate(where)
-    ours = entry.spec.scale_rounding != "none"  # bitsandbytes and the released code know no such rules
-    for part in ("scale", "tau"):
-        if ours and f"{part}_absmax" in parts:
-            _check_zero_groups(parts[part], parts[f"{part}_absmax"], f"{where}.{part}")
-    with np.errstate(over="ignore"):
-        scale, tau = tensor.scale(), tensor.tau()
-    if not np.isfinite(scale).all() or (ours and (scale < 0).any()):
-        raise MalformedFile("a block scale is negative or not finite", where=where)
-    if not np.isfinite(tau).all():
-        raise MalformedFile("a block offset is not finite", where=where)
+    tensor.validate(f"{gguf.path}: {entry.name}")
     return tensor
-
-
-def _check_zero_groups(index: NDArray[np.generic], absmax: NDArray[np.generic], where: str) -> None:
-    """Reject dq8 groups of absmax 0 whose indices are not all the index of 0."""
-    zero_index = int(np.searchsorted(dynamic_map(), 0))
-    group = np.repeat(absmax == 0, GROUP_SIZE)[: index.size]
-    if (index.reshape(-1)[group] != zero_index).any():
-        raise MalformedFile(
-            "a group whose absmax is 0 has non-zero codes",
-            where=where,
-            expected=f"index {zero_index} throughout",
-        )
 
 
 def read_blocks(gguf: GgufFile) -> dict[str, Callable[[], BlockTensor]]:
