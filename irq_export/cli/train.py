@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -124,7 +123,7 @@ def _show_plan(config: TrainConfig, *, as_json: bool) -> None:
     estimate = estimate_memory(config, bytes_per_value=bytes_per_value(config))
     vocab_size = open_base(config).model.vocab_size
     rows, held_out = load_data(config, load_tokenizer(config.model), vocab_size)
-    steps = config.steps or ceil(-(-len(rows) // config.batch_size) * config.epochs)
+    steps = config.total_steps(len(rows))
     lines = [
         *rows.notes,
         *(held_out.notes if held_out else ()),

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -126,6 +126,10 @@ class TrainConfig:
     def importance_source(self) -> str | None:
         """``data``, a file, or None where nothing is fitted to it."""
         return self.importance if self.icq is None and self.importance != "none" else None
+
+    def total_steps(self, rows: int) -> int:
+        """Return the steps of a run over so many rows."""
+        return self.steps or ceil(-(-rows // self.batch_size) * self.epochs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from irq_export.peft_iec import LINEARS, IrqLoraConfig
 from irq_export.quantizer import load_model
@@ -110,6 +111,7 @@ def train(
     started = time.monotonic()
     run = RunDir(Path(config.output))
     check_sharding(config)
+    config = replace(config, precision=_precision(config), optimizer=_optimizer(config))
     arguments = _arguments(config, run)
     on_cuda = arguments.device.type == "cuda"  # asking for the device sets up the processes
     place = PartialState()
@@ -165,14 +167,17 @@ def train(
         ],
     )
     keep_float32(trainer)
-    result = trainer.train(resume_from_checkpoint=str(state) if state else None)
+    if state and _step(state) >= config.total_steps(len(rows)):  # the Trainer would make one step more
+        trainer.state = TrainerState.load_from_json(str(state / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=str(state) if state else None)
     betas = _write_adapter(run, base_hash, config) if place.is_main_process else 0.0
     place.wait_for_everyone()
     logs = trainer.state.log_history
     return TrainReport(
         output=run.path,
         base_hash=base_hash,
-        steps=result.global_step,
+        steps=trainer.state.global_step,
         loss=_last(logs, "loss"),
         eval_loss=_last(logs, "eval_loss") if held_out else None,
         trainable=trainable,

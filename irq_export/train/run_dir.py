@@ -262,12 +262,18 @@ def _absolute(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _absolute_name(source: str) -> str:
-    return source if source.startswith(HUB_PREFIX) else str(Path(source).absolute())
+    if not source.startswith(HUB_PREFIX):
+        return str(Path(source).absolute())
+    name, colon, split = source.removeprefix(HUB_PREFIX).partition(":")  # of the hub, or of a directory
+    return f"{HUB_PREFIX}{Path(name).absolute()}{colon}{split}" if Path(name).is_dir() else source
 
 
 def _compare(where: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with a run that was begun in another way; what is not on record may be anything."""
-    changed = [key for key, value in now.items() if before.get(key, value) != value]
+    """Refuse to go on with a run that was begun in another way; what is not on record may be anything.
+
+    So may be what is on record as ``auto``: earlier versions did not write down what it came to.
+    """
+    changed = [key for key, value in now.items() if before.get(key, value) not in (value, "auto")]
     if changed:
         raise UsageError(
             "not the run that was begun here",

@@ -314,6 +314,17 @@ def test_a_run_that_diverges_between_two_logs_keeps_its_good_states(source: Path
     assert RunDir(tmp_path / "run").latest_state() is not None
 
 
+def test_a_finished_run_makes_no_further_step(source: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch, too, where it ends because of --steps."""
+    output = tmp_path / "run"
+    first = invoke(*arguments(source, output, "--importance", "none", "--steps", "2"))["train"]
+    before = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    again = invoke("train", "-o", str(output), "--resume")["train"]
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert [step for step, *_ in curve(output)] == [1, 2]
+    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
 def test_the_last_steps_are_logged(source: Path, tmp_path: Path) -> None:
     """What is reported as the loss is that of the last steps, not of the first."""
     output = tmp_path / "run"

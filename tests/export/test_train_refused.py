@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 from irq_export.cli import main
 from irq_export.quantize_model import quantize
 from irq_export.train.callbacks import MetricsCallback
+from irq_export.train.config import TrainConfig
+from irq_export.train.run_dir import RunDir
 from irq_formats.safetensors_io import write_safetensors
 
 
@@ -143,6 +145,17 @@ def test_only_a_run_is_resumed(source: Path, tmp_path: Path) -> None:
     assert sorted((tmp_path / "run").iterdir()) == before
 
 
+def test_names_on_record_are_those_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = ["d.json", "hf:set:train", "hf:owner/name:test"]
+    config = TrainConfig(model="m", output="/o", data=tuple(data), importance="none")
+    RunDir(tmp_path).record(config, {})
+    settings = json.loads(RunDir(tmp_path).record_file.read_text())["settings"]
+    assert settings["data"] == [f"{tmp_path}/d.json", f"hf:{tmp_path}/set:train", "hf:owner/name:test"]
+    assert (settings["model"], settings["output"], settings["importance"]) == (f"{tmp_path}/m", "/o", "none")
+
+
 def test_a_run_goes_on_wherever_its_data_lie(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +186,34 @@ def test_a_run_goes_on_wherever_its_data_lie(
     refused([*again, *other], 2, "not the run that was begun here", "data_sha256")
     refused([*again, "--eval-data", str(tmp_path / "other.json")], 2, "eval_sha256")
     refused([*again, "--codebook", "int4"], 2, "expected codebook nf4, got codebook int4")
+
+
+def test_another_device_does_not_change_the_arithmetic(source: Path, tmp_path: Path) -> None:
+    """What auto came to is on record: a run that a GPU began goes on in bf16 on a CPU, or not at all."""
+    output = tmp_path / "run"
+    path = output / "train" / "run.json"
+
+    def arithmetic() -> tuple[str, str]:
+        settings = json.loads(path.read_text())["settings"]
+        return settings["precision"], settings["optimizer"]
+
+    run = train_arguments(source, output, "--importance", "none", "--steps", "1")
+    assert CliRunner().invoke(main, run).exit_code == 0
+    assert arithmetic() == ("fp32", "adamw_torch")
+    path.write_text(path.read_text().replace('"fp32"', '"bf16"'))
+    go_on = ["train", "-o", str(output), "--resume", "--steps"]
+    assert CliRunner().invoke(main, [*go_on, "2"]).exit_code == 0
+    assert arithmetic() == ("bf16", "adamw_torch")
+    values = json.loads(path.read_text())["settings"] | {"precision": "auto"}
+    (tmp_path / "run.yaml").write_text(json.dumps(values))
+    refused(
+        [*go_on, "3", "--config", str(tmp_path / "run.yaml")],
+        2,
+        "expected precision bf16, got precision fp32",
+    )
+    path.write_text(path.read_text().replace('"bf16"', '"auto"'))  # as earlier versions wrote
+    assert CliRunner().invoke(main, [*go_on, "3"]).exit_code == 0
+    assert arithmetic() == ("fp32", "adamw_torch")
 
 
 def test_what_an_interrupted_run_says(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
