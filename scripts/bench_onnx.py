@@ -5,11 +5,13 @@
     scripts/bench_onnx.py --tokens 1 --layers 32   time of one product among 32 of a session, as in a model
     scripts/bench_onnx.py --memory             resident memory: loading and running eight 4096 x 4096 layers
 
-All variants of a size are sessions in one process and take turns in random order, `--rounds` times; the table
+All variants of a size are sessions in one process, on one pool of threads, so that no session's threads spin beside
+the next one's; they take turns in random order, `--rounds` times; the table
 shows medians of wall time, and how many times faster one variant is than another, from one run. Before that,
 their results are held to each other. Inputs and outputs are bound: between variants that empty the caches,
-handing numpy arrays to any operator and back costs some 50 us. Codes are random. NF4 and INT4 have offsets
-(tau) in the body and in the library; MatMulBnb4 and MatMulNBits alone have none, so they do less.
+handing numpy arrays to any operator and back costs some 50 us. Codes are random; scales are fp16 and offsets
+(tau) 8-bit values, both widened to float, as an export has them. NF4 and INT4 have offsets in the body and in the
+library; MatMulBnb4 and MatMulNBits alone have none, so they do less.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -31,10 +34,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from irq_formats.codebooks import CODEBOOKS
+from irq_formats.double_quant import decode_dq8, encode_dq8
 from irq_formats.onnx.operators import DOMAIN, IR_VERSION, OPSETS, VERSION, Operator, function
 from irq_formats.onnx.ops import CONTRIB, Ops
 from irq_runtime import _native
 from irq_runtime.onnx import register
+
+T = TypeVar("T")
 
 BLOCK = 64
 #: name: (codebook, "library", "body" or a stock operator, its accuracy level)
@@ -86,7 +92,9 @@ def add_linear(ops: Ops, variant: str, size: int, a: ir.Value, name: str) -> tup
     if flat:
         values["scale"] = values["scale"].reshape(-1)
     if how in ("library", "body"):
-        values["tau"] = rng.normal(0, 0.01 / size**0.5, (size, nb)).astype(np.float32)
+        tau = rng.normal(0, 0.01 / size**0.5, (size, nb)).astype(np.float32)
+        values["tau"] = decode_dq8(*encode_dq8(tau, with_mean=False))
+    values["scale"] = values["scale"].astype(np.float16).astype(np.float32)
     initialisers = [
         ir.Value(name=f"{name}.{key}", const_value=ir.Tensor(value, name=f"{name}.{key}"))
         for key, value in values.items()
@@ -117,12 +125,11 @@ def write_model(path: Path, variant: str, size: int, layers: int = 1) -> None:
     ir.save(model, path, external_data=f"{path.name}.data")
 
 
-def open_session(path: Path, variant: str, threads: int) -> onnxruntime.InferenceSession:
+def open_session(path: Path, variant: str) -> onnxruntime.InferenceSession:
+    """A session on the threads that all sessions of this process share (`set_global_thread_pool_sizes`)."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.use_per_session_threads = False
     options.log_severity_level = 3
-    # a session whose threads go on spinning would slow the next one down
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     if VARIANTS[variant][1] == "library":
         register(options)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -149,13 +156,14 @@ def bind(session: onnxruntime.InferenceSession, a: NDArray[np.float32]) -> Any:
 def measure(
     folder: Path, size: int, threads: int, tokens: list[int], rounds: int, layers: int = 1
 ) -> list[Row]:
-    """Rows of every number of tokens, with sessions of ``layers`` products."""
+    """Rows of every number of tokens, with sessions of ``layers`` products. Once per process."""
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
     sessions = {}
     for variant in VARIANTS:
         path = folder / f"{variant}-{size}.onnx".replace(" ", "-")
         if not path.exists():
             write_model(path, variant, size, layers)
-        sessions[variant] = open_session(path, variant, threads)
+        sessions[variant] = open_session(path, variant)
     check_agreement(sessions, size, layers)
     shuffled = np.random.default_rng(2)
     rows = []
@@ -192,12 +200,19 @@ def resident_mib(field: str) -> float:
 
 def memory(path: str, variant: str, size: int) -> tuple[float, float]:
     """Peak growth of resident memory by loading, and by running one token besides (MiB)."""
+    onnxruntime.set_global_thread_pool_sizes(1, 1)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident_mib("VmRSS")
-    session = open_session(Path(path), variant, 1)
+    session = open_session(Path(path), variant)
     loaded = resident_mib("VmHWM")
     session.run(None, {"A": np.zeros((1, size), np.float32)})
     return loaded - before, resident_mib("VmHWM") - before
+
+
+def in_new_process(function: Callable[..., T], *args: object) -> T:
+    """Call a function in a process that has no pool of threads yet."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
 
 
 def show_memory(folder: Path, size: int = 4096, layers: int = 8) -> None:
@@ -206,8 +221,7 @@ def show_memory(folder: Path, size: int = 4096, layers: int = 8) -> None:
         path = folder / "memory.onnx"
         write_model(path, variant, size, layers)
         file = (folder / "memory.onnx.data").stat().st_size / 2**20
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            load, run = pool.apply(memory, (str(path), variant, size))
+        load, run = in_new_process(memory, str(path), variant, size)
         print(
             f"| {variant} | {file:.0f} | {load:.0f} | {load / file:.2f} | {run:.0f} | {run / file:.2f} |",
             flush=True,
@@ -237,7 +251,7 @@ def main() -> None:
         print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))
         rows: list[Row] = []
         for size, threads in product(args.sizes, args.threads):
-            rows += measure(Path(name), size, threads, args.tokens, args.rounds, args.layers)
+            rows += in_new_process(measure, Path(name), size, threads, args.tokens, args.rounds, args.layers)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return None

@@ -22,6 +22,7 @@ from onnx_cases import (
     MARKER,
     K,
     N,
+    Weight,
     check,
     check_rounding,
     inputs,
@@ -32,6 +33,7 @@ from onnx_cases import (
     weights,
 )
 
+from irq_formats.double_quant import decode_dq8, encode_dq8
 from irq_formats.errors import UnsupportedModel
 from irq_runtime import _native
 from irq_runtime.onnx import library_path, register
@@ -150,6 +152,37 @@ def test_scale_and_tau_may_be_computed() -> None:
     assert (np.abs(y - expected) <= bound).all()
     with pytest.raises(Exception, match=r"scale must be float \(77, 5\), got \(76, 5\)"):
         run.run(None, {"A": a, "scale": weight.scale[1:], "tau": weight.tau})
+
+
+def exported(codebook: str, n: int, k: int, block_size: int = 64, *, seed: int) -> Weight:
+    """A weight whose scales are fp16 and whose offsets are 8-bit values, widened, as in an export."""
+    weight = random_weight(codebook, block_size, n=n, k=k, seed=seed)
+    assert weight.tau is not None
+    return replace(
+        weight,
+        scale=weight.scale.astype(np.float16).astype(np.float32),
+        tau=decode_dq8(*encode_dq8(weight.tau, with_mean=False)),
+    )
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "int4"])
+@pytest.mark.parametrize(
+    ("n", "k", "block_size"),
+    [(77, 320, 64), (576, 576, 64), (300, 1536, 64), (64, 2048, 32), (9, 70400, 64), (5, 131136, 32)],
+)
+def test_scales_and_offsets_in_fewer_bytes_change_no_bit(
+    codebook: str, n: int, k: int, block_size: int
+) -> None:
+    """Constants are narrowed when a kernel is made, inputs of the graph are not."""
+    weight = exported(codebook, n, k, block_size, seed=n)
+    narrow, wide = session(model(weight)), session(model(weight, dynamic=("scale", "tau")))
+    for seed in range(4):
+        a = inputs(1, k, seed=seed)
+        (y,) = narrow.run(None, {"A": a})
+        (same,) = wide.run(None, {"A": a, "scale": weight.scale, "tau": weight.tau})
+        assert np.array_equal(y, same)
+        expected, bound = product_and_bound(weight, a)
+        assert (np.abs(y - expected) <= bound).all()
 
 
 def test_two_sessions_at_once_say_what_each_says_alone() -> None:

@@ -19,7 +19,7 @@ constexpr std::size_t few_tokens = 8;  // up to here the row-wise kernels are fa
 constexpr std::size_t tokens_per_task = 2;
 constexpr std::size_t rows_per_panel_task = 64;
 constexpr std::size_t products_per_task = std::size_t{1} << 18;  // multiplications: some microseconds
-constexpr std::size_t codes_per_task = std::size_t{1} << 16;     // bytes, of one token: some microseconds
+constexpr std::size_t codes_per_task = std::size_t{1} << 17;     // bytes, of one token: some microseconds
 constexpr std::size_t flipped_bytes = std::size_t{1} << 16;      // INT8 codes that a task flips at a time
 
 [[noreturn]] void refuse(irq_codebook codebook, const std::string &what) {
@@ -159,6 +159,9 @@ MatMulBlocks::MatMulBlocks(const Ort &ort, const OrtKernelInfo *info, irq_codebo
         if (!ort.constant_input(info, input, &tensor)) continue;
         check_values(tensor, input);
         is_checked_[input] = true;
+        if (is_half() || row_gemv_for(shape_) == nullptr) continue;
+        NarrowValues &narrow = input == input_scale ? scale_ : tau_;
+        narrow = NarrowValues(static_cast<const float *>(tensor.data), shape_.rows * shape_.blocks_per_row());
     }
 }
 
@@ -256,12 +259,15 @@ void MatMulBlocks::multiply_many(const Call &call, const TiledGemm &gemm) const 
 // onnxruntime's threads sleep between runs and take 30 to 50 us to wake: they are called before anything else is
 // done, and tasks are small enough that whoever is awake goes on.
 void MatMulBlocks::multiply_one(const Call &call, const RowGemv &gemv) const {
+    Matrix w = call.weight;
+    w.scale = scale_.or_else(w.scale);
+    w.tau = tau_.or_else(w.tau);
     const std::unique_ptr<float[]> prepared(new float[gemv.size(shape_)]);
     Preparation preparation;
     const std::size_t rows_per_task = round_up(std::max<std::size_t>(1, codes_per_task / shape_.row_bytes()), row_tile);
     call.share_out(shape_.rows, rows_per_task, [&](std::size_t r0, std::size_t r1) {
         preparation.once([&] { gemv.prepare(shape_, call.a, is_half(), prepared.get()); });
-        gemv.multiply(call.weight, prepared.get(), r0, r1, call.result);
+        gemv.multiply(w, prepared.get(), r0, r1, call.result);
         call.finish_rows(r0, r1);
     });
 }

@@ -1,11 +1,13 @@
 // irq::MatMulBlocks<KIND> (formats/spec/irq-onnx.md): Y = A W^T with W quantised in blocks.
 //
-// The kernels run on the bytes as onnxruntime mapped them: nothing is repacked, so loading costs no memory.
-// NF4 and INT4 order the elements inside a block otherwise than the kernels; a permutation of A, once a call,
-// makes up for it. INT8 has its sign bits flipped back a few rows at a time, in cache.
+// The kernels run on the codes as onnxruntime mapped them; what one token reads of scales and taus besides is copied into
+// fewer bytes when the kernel is made (narrow_values.h). NF4 and INT4 order the elements inside a block otherwise than the
+// kernels; a permutation of A, once a call, makes up for it. INT8 has its sign bits flipped back a few rows at a time, in
+// cache.
 #pragma once
 
 #include "irq/kernels.h"
+#include "narrow_values.h"
 #include "ort.h"
 
 namespace irq::onnx {
@@ -41,6 +43,7 @@ class MatMulBlocks {
     ONNXTensorElementDataType type_;
     Matrix shape_;                      // without pointers
     bool is_checked_[input_count] = {};  // constant, and found good at creation
+    NarrowValues scale_, tau_;           // for one token
 };
 
 }  // namespace irq::onnx

@@ -20,7 +20,9 @@ struct RowGemv {
     void (*multiply)(const Matrix &w, const float *prepared, std::size_t r0, std::size_t r1, float *y);
 };
 
-// Null where there is none: other sets of instructions and other codes take the kernels of irq/kernels.h.
+constexpr std::size_t most_blocks_of_a_row = 4096;
+
+// Null where there is none: other sets of instructions, other codes and wider rows take the kernels of irq/kernels.h.
 const RowGemv *row_gemv_for(const Matrix &w);
 
 #if defined(__x86_64__)

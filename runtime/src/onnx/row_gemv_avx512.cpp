@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "../kernels/avx512_ops.h"
+#include "../kernels/simd_scales.h"
 #include "row_gemv.h"
 
 namespace irq::onnx {
@@ -14,7 +16,7 @@ using Int = __m512i;
 constexpr std::size_t width = 16;
 constexpr std::size_t step_columns = 128, step_bytes = 64;  // one vector of codes
 constexpr std::size_t rows_at_once = 4;                     // they share the loads of x
-constexpr std::size_t least_ahead = 12288;                  // bytes; hardware prefetchers stop at page borders
+constexpr std::size_t least_ahead = 6144;                   // bytes; hardware prefetchers stop at page borders
 
 constexpr std::int32_t lane_numbers[width] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -31,7 +33,7 @@ std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to *
 Vec load(const float *p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
 Vec load(const std::uint16_t *p, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p)); }
 
-const float *levels_of(const Matrix &w) { return w.codebook == IRQ_NF4 ? irq_nf4_levels : irq_int4_levels; }
+const float *nibble_levels(const Matrix &w) { return w.codebook == IRQ_NF4 ? irq_nf4_levels : irq_int4_levels; }
 
 std::size_t padded_columns(const Matrix &w) { return round_up(w.columns, step_columns); }
 
@@ -39,6 +41,22 @@ std::size_t padded_columns(const Matrix &w) { return round_up(w.columns, step_co
 std::size_t bytes_ahead(const Matrix &w) { return std::max(least_ahead, rows_at_once * w.columns / 2); }
 
 std::size_t size(const Matrix &w) { return padded_columns(w) + round_up(w.blocks_per_row(), width); }
+
+// Lane d of vector i: element 8 d + (i ^ flip) of 128.
+void store_every_eighth(const Vec in[8], std::size_t flip, float *out) {
+    const Int from = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+    for (const std::size_t half : {0, 4}) {
+        const Int at = _mm512_add_epi32(from, _mm512_set1_epi32(static_cast<int>(half)));
+        Vec quarter[4];  // [vector half + 0, 1, 2, 3] [four lanes]
+        for (std::size_t i = 0; i < 4; ++i) quarter[i] = _mm512_permutex2var_ps(in[2 * i], at, in[2 * i + 1]);
+        const Vec a = _mm512_shuffle_f32x4(quarter[0], quarter[1], 0x44), b = _mm512_shuffle_f32x4(quarter[2], quarter[3], 0x44);
+        const Vec c = _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xee), d = _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xee);
+        _mm512_storeu_ps(out + (half + (0 ^ flip)) * width, _mm512_shuffle_f32x4(a, b, 0x88));
+        _mm512_storeu_ps(out + (half + (1 ^ flip)) * width, _mm512_shuffle_f32x4(a, b, 0xdd));
+        _mm512_storeu_ps(out + (half + (2 ^ flip)) * width, _mm512_shuffle_f32x4(c, d, 0x88));
+        _mm512_storeu_ps(out + (half + (3 ^ flip)) * width, _mm512_shuffle_f32x4(c, d, 0xdd));
+    }
+}
 
 template <class T>
 void prepare_from(const Matrix &w, const T *x, float *ordered) {
@@ -53,16 +71,13 @@ void prepare_from(const Matrix &w, const T *x, float *ordered) {
         }
         sum[b] = _mm512_reduce_add_ps(total);
     }
-    alignas(64) float step[step_columns];
-    const Int eighth = _mm512_slli_epi32(_mm512_loadu_si512(lane_numbers), 3);
-    for (std::size_t c = 0; c < columns; c += step_columns) {
-        for (std::size_t i = 0; i < step_columns; i += width) {
-            const std::size_t left = columns > c + i ? columns - c - i : 0;
-            _mm512_store_ps(step + i, left == 0 ? _mm512_setzero_ps() : load(x + c + i, first(left)));
+    for (std::size_t c = 0; c < columns; c += step_columns, ordered += step_columns) {
+        Vec in[8];
+        for (std::size_t i = 0; i < 8; ++i) {
+            const std::size_t at = c + i * width;
+            in[i] = at < columns ? load(x + at, first(columns - at)) : _mm512_setzero_ps();
         }
-        for (std::size_t i = 0; i < 8; ++i, ordered += width) {
-            _mm512_storeu_ps(ordered, _mm512_i32gather_ps(eighth, step + (i ^ flip), sizeof(float)));
-        }
+        store_every_eighth(in, flip, ordered);
     }
 }
 
@@ -95,40 +110,38 @@ void prepare(const Matrix &w, const void *x, bool is_half, float *prepared) {
     return _mm512_add_ps(even, odd);
 }
 
-// What R rows' taus add to their sums. Its own loop, because the other one needs every register.
-template <std::size_t R, class T>
-[[gnu::always_inline]] inline void add_taus(const T *tau, std::size_t nb, const float *sum, std::size_t ahead,
-                                            Vec total[R]) {
+// Scales and taus lie in arrays of their own and meet every row in two loops, because the larger one needs every register.
+struct Blocks {
+    static constexpr int lead = 0, stride = 0;
+    static constexpr bool adds_tau = true;
+};
+using Values = ScaleWindow<Avx512, Blocks>;
+
+template <std::size_t R>
+[[gnu::always_inline]] inline void add_taus(const float *tau, std::size_t nb, const float *sum, Vec total[R]) {
     for (std::size_t b = 0; b < nb; b += width) {
         const Vec in_sum = _mm512_loadu_ps(sum + b);
         for (std::size_t i = 0; i < R; ++i) {
-            prefetch(tau + R * b + i * width, ahead);
             total[i] = _mm512_fmadd_ps(load(tau + i * nb + b, first(nb - b)), in_sum, total[i]);
         }
     }
 }
 
-// R rows from row r on. T: float or fp16 bits, the type of scale and tau.
-template <std::size_t R, std::size_t block, class T>
-[[gnu::always_inline]] inline void multiply_rows(const Matrix &w, const float *x, std::size_t r, float *y) {
-    const std::size_t nb = w.columns / block, bytes = w.columns / 2;
-    const std::size_t ahead = bytes_ahead(w), values_ahead = ahead / (block / 2) * sizeof(T);
+// R rows from row r on.
+template <std::size_t R, std::size_t block>
+[[gnu::always_inline]] inline void multiply_rows(const Matrix &w, Values *values, const float *x, std::size_t r, float *y) {
+    const std::size_t nb = w.columns / block, bytes = w.columns / 2, ahead = bytes_ahead(w);
     const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + r * bytes;
-    const T *scale = static_cast<const T *>(w.scale.values) + r * nb;
-    const Vec table = _mm512_loadu_ps(levels_of(w));
+    values->reach(r * nb, R * nb);
+    const float *scale = values->scale(r * nb);
+    const Vec table = _mm512_loadu_ps(nibble_levels(w));
     const Int first_blocks = _mm512_srli_epi32(_mm512_loadu_si512(lane_numbers), block == 64 ? 3 : 2);
     Vec total[R];
     for (Vec &v : total) v = _mm512_setzero_ps();
-    if (w.tau.storage != Storage::none) {
-        const T *tau = static_cast<const T *>(w.tau.values) + r * nb;
-        add_taus<R>(tau, nb, x + padded_columns(w), values_ahead, total);
-    }
+    if (w.tau.storage != Storage::none) add_taus<R>(values->tau(r * nb), nb, x + padded_columns(w), total);
     for (std::size_t b = 0; b < nb; b += width) {  // a vector of scales
         Vec scales[R];
-        for (std::size_t i = 0; i < R; ++i) {
-            scales[i] = load(scale + i * nb + b, first(nb - b));
-            prefetch(scale + R * b + i * width, values_ahead);
-        }
+        for (std::size_t i = 0; i < R; ++i) scales[i] = load(scale + i * nb + b, first(nb - b));
         Int block_of_lane = first_blocks;
         const auto step = [&](std::size_t at, auto load_codes) __attribute__((always_inline)) {  // at: bytes into a row
             Vec in[8];
@@ -152,29 +165,23 @@ template <std::size_t R, std::size_t block, class T>
     for (std::size_t i = 0; i < R; ++i) y[r + i] = _mm512_reduce_add_ps(total[i]);
 }
 
-// What the first rows read, which no row before them asks for.
-template <std::size_t block, class T>
-[[gnu::always_inline]] inline void prefetch_start(const Matrix &w, std::size_t r0, std::size_t r1) {
-    const std::size_t nb = w.columns / block, ahead = std::min(bytes_ahead(w), (r1 - r0) * w.columns / 2);
-    const std::size_t values = r0 * nb * sizeof(T), values_ahead = ahead / (block / 2) * sizeof(T);
-    for (const BlockValues *v : {&w.tau, &w.scale}) {
-        if (v->storage == Storage::none) continue;
-        for (std::size_t i = 0; i < values_ahead; i += 64) prefetch(v->values, values + i);
-    }
-    for (std::size_t i = 0; i < ahead; i += 64) prefetch(w.data, r0 * w.columns / 2 + i);
-}
-
-template <std::size_t block, class T>
+template <std::size_t block>
 void multiply_range(const Matrix &w, const float *prepared, std::size_t r0, std::size_t r1, float *y) {
-    prefetch_start<block, T>(w, r0, r1);
-    for (; r0 + rows_at_once <= r1; r0 += rows_at_once) multiply_rows<rows_at_once, block, T>(w, prepared, r0, y);
-    for (; r0 < r1; ++r0) multiply_rows<1, block, T>(w, prepared, r0, y);
+    const std::size_t nb = w.columns / block, row_bytes = w.columns / 2;
+    const std::size_t at_once = nb <= max_blocks ? rows_at_once : 1;
+    Values values(w, at_once * nb);
+    values.prefetch_from(r0 * nb);
+    for (std::size_t i = 0; i < std::min(bytes_ahead(w), (r1 - r0) * row_bytes); i += step_bytes) {
+        prefetch(w.data, r0 * row_bytes + i);  // no row before asks for these
+    }
+    for (; at_once == rows_at_once && r0 + rows_at_once <= r1; r0 += rows_at_once) {
+        multiply_rows<rows_at_once, block>(w, &values, prepared, r0, y);
+    }
+    for (; r0 < r1; ++r0) multiply_rows<1, block>(w, &values, prepared, r0, y);
 }
 
 void multiply(const Matrix &w, const float *prepared, std::size_t r0, std::size_t r1, float *y) {
-    const bool is_half = w.scale.storage == Storage::f16, is_wide = w.block_size == 64;
-    const auto range = is_half ? is_wide ? multiply_range<64, std::uint16_t> : multiply_range<32, std::uint16_t>
-                               : is_wide ? multiply_range<64, float> : multiply_range<32, float>;
+    const auto range = w.block_size == 64 ? multiply_range<64> : multiply_range<32>;
     range(w, prepared, r0, r1, y);
 }
 
