@@ -153,8 +153,9 @@ def save_checkpoint(
         if tokenizer is not None:
             with TemporaryDirectory() as folder:
                 tokenizer.save_pretrained(folder)
-                for file in sorted(Path(folder).iterdir()):
-                    writer.copy_file(file)
+                for file in sorted(Path(folder).rglob("*")):
+                    if file.is_file():
+                        writer.copy_file(Path(folder), file)
         written = writer.finish(model_config(base), spec=said.spec, skipped=said.skipped, search=said.search)
         if written.base_hash != said.base_hash:
             raise UsageError(

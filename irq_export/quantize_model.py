@@ -21,6 +21,7 @@ from irq_export.quantize_plan import INT8, QuantizePlan, plan_quantization
 from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
 from irq_formats.checkpoint_writer import checkpoint_writer
 from irq_formats.errors import UnsupportedModel, UsageError
+from irq_formats.hf_tokenizer import MORE_TEMPLATES
 from irq_formats.preflight import check_dir_target, check_room
 from irq_formats.safetensors_io import DTYPES, SafeTensors, TensorRef
 
@@ -37,6 +38,7 @@ _COMPANIONS = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    f"{MORE_TEMPLATES}/*.jinja",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -197,7 +199,7 @@ def quantize(
             writer.add_block(tensor.module, block)
             reports.append(report)
         for companion in companions(plan.path):
-            writer.copy_file(companion)
+            writer.copy_file(plan.path, companion)
         record = search.to_dict() if calibration is None else calibration.to_dict()
         quantization = writer.finish(plan.config, spec=spec, skipped=plan.skipped, search=record)
     return QuantizeReport(

@@ -116,7 +116,7 @@ def write_checkpoint(path: Path, shape: str) -> None:
                 continue
             writer.add_plain(TensorSpec(name, "BF16", sizes), partial(random_bf16, sizes))
         for file in DEMO.glob("tokenizer*"):
-            writer.copy_file(file)
+            writer.copy_file(DEMO, file)
         writer.finish(SHAPES[shape], spec=BlockSpec(), skipped={}, search={"random": True})
 
 

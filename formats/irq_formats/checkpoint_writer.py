@@ -77,9 +77,11 @@ class CheckpointWriter:
             )
         self._add(TensorSpec(tensor.name, tensor.dtype, tensor.shape), load)
 
-    def copy_file(self, source: Path) -> None:
-        """Copy a file (tokenizer, generation settings) under its own name, byte for byte."""
-        shutil.copyfile(source, self._directory / source.name)
+    def copy_file(self, directory: Path, file: Path) -> None:
+        """Copy a file of a directory (tokenizer, generation settings) to the same place, byte for byte."""
+        target = self._directory / file.relative_to(directory)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
     def finish(
         self,

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from irq_formats.errors import MalformedFile
-from irq_formats.files import open_fixed
+from irq_formats.files import read_small
 from irq_formats.strict_json import parse_object
 
-__all__ = ["AddedToken", "added_tokens", "chat_templates", "special_ids"]
+__all__ = ["MORE_TEMPLATES", "AddedToken", "added_tokens", "chat_templates", "special_ids"]
+
+#: The folder in which transformers keeps chat templates beside the default one, each as NAME.jinja.
+MORE_TEMPLATES = "additional_chat_templates"
+#: More than any of these files has.
+_MOST_BYTES = 64 << 20
 
 #: Names of a special token: in tokenizer_config.json, and in GGUF.
 _SPECIAL = {
@@ -44,21 +49,23 @@ def _read_json(path: Path) -> dict[str, object]:
     """Read a JSON object, ``{}`` if there is no such file."""
     if not path.is_file():
         return {}
-    file = open_fixed(path)
-    return parse_object(file.read_bytes(0, file.size), where=path)
+    return parse_object(read_small(path, limit=_MOST_BYTES), where=path)
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
     """Return the chat templates of a Hugging Face directory by name; a single one is ``default``.
 
-    They are in a file of their own, or in ``tokenizer_config.json`` as one string or a list of named ones.
+    They are in files of their own (``chat_template.jinja``, ``additional_chat_templates/NAME.jinja``), or in
+    ``tokenizer_config.json`` as one string or a list of named ones.
 
     Raises:
-        MalformedFile: An entry of the list is no template.
+        MalformedFile: An entry of the list is no template, or a file is too large or not UTF-8.
     """
     path, config_path = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    if path.is_file():
-        return {"default": path.read_text(encoding="utf-8")}
+    more = {file.stem: file for file in sorted(directory.glob(f"{MORE_TEMPLATES}/*.jinja"))}
+    files = more | ({"default": path} if path.is_file() else {})
+    if files:
+        return {name: _read_template(file) for name, file in sorted(files.items())}
     template = _read_json(config_path).get("chat_template")
     if isinstance(template, str):
         return {"default": template}
@@ -75,6 +82,13 @@ def chat_templates(directory: Path) -> dict[str, str]:
             )
         found[name] = text
     return found
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return read_small(path, limit=_MOST_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedFile("a chat template that is not UTF-8", where=path, got=error) from error
 
 
 def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, int]:

@@ -155,7 +155,7 @@ def _import_bnb(
         for ref in plan.plain:
             writer.add_plain(ref, partial(source.read, ref.name))
         for companion in companions(path):
-            writer.copy_file(companion)
+            writer.copy_file(path, companion)
         rest = {key: value for key, value in config.items() if key != "quantization_config"}
         quantization = writer.finish(
             rest, spec=spec, skipped=plan.skipped, search={"imported_from": "bitsandbytes"}
@@ -258,7 +258,7 @@ def _import_pooled(
         for ref in checkpoint.plain.values():
             writer.add_plain(ref, partial(checkpoint.plain_raw, ref.name))
         for companion in companions(path):
-            writer.copy_file(companion)
+            writer.copy_file(path, companion)
         rest = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         old = checkpoint.quantization
         quantization = writer.finish(

@@ -353,7 +353,30 @@ def test_chat_templates_of_every_form(tmp_path):
     assert values["tokenizer.chat_template"].value == "A"
     assert values["tokenizer.chat_template.tool_use"].value == "B"
     (tmp_path / "chat_template.jinja").write_text("C")
-    assert read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).values["tokenizer.chat_template"].value == "C"
+    values = read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).values
+    assert values["tokenizer.chat_template"].value == "C"
+    assert "tokenizer.chat_templates" not in values
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("D")
+    (more / "größer.jinja").write_text("E")
+    found = read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+    assert found.values["tokenizer.chat_template"].value == "C"
+    assert found.values["tokenizer.chat_templates"].value == ["rag"]
+    assert found.values["tokenizer.chat_template.rag"].value == "D"
+    assert found.notes == ["left out: chat templates whose names GGUF cannot hold: größer"]
+
+
+def test_a_chat_template_that_is_no_text_is_malformed(tmp_path):
+    save_tiny_tokenizer(tmp_path)
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes(b"\xff")
+    with pytest.raises(MalformedFile, match="not UTF-8"):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+    with path.open("wb") as file:
+        file.truncate(64 << 30)
+    with pytest.raises(MalformedFile, match="too large"):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
 
 
 def test_without_tokenizer_json(tmp_path):

@@ -36,6 +36,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(path, dtype=torch.bfloat16)
     (path / "tokenizer.json").write_text('{"é": 1}\r\n', encoding="utf-8")
     (path / "chat_template.jinja").write_bytes(b"{{ x }}\n")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "rag.jinja").write_bytes(b"{{ y }}\n")
     (path / "tokenizer_code.py").write_text("raise SystemExit")
     return path
 
@@ -82,7 +84,8 @@ def test_everything_else_keeps_its_bits(source: Path, result: QuantizeReport) ->
     for name, ref in checkpoint.plain.items():
         assert ref.dtype == before.tensors[name].dtype == "BF16"
         assert checkpoint.plain_raw(name).tobytes() == before.read(name).tobytes()
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    rag = "additional_chat_templates/rag.jinja"
+    for name in ("tokenizer.json", "chat_template.jinja", rag, "generation_config.json"):
         assert (result.output / name).read_bytes() == (source / name).read_bytes()
     assert not (result.output / "tokenizer_code.py").exists()
     config = json.loads((source / "config.json").read_text())

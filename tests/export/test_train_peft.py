@@ -24,6 +24,7 @@ from irq_export.quantizer import IrqConfig, load_model
 from irq_formats.blocks import BlockSpec
 from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import IrqError, MalformedFile, UsageError, WrongBase
+from irq_formats.hf_tokenizer import chat_templates
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 
 TOKENS = torch.arange(24).reshape(1, 24) * 7 % 259
@@ -71,6 +72,15 @@ def test_quantising_on_load_is_quantising(tied: bool, codebook: str, tmp_path: P
     written = save_checkpoint(get_peft_model(model, IrqLoraConfig(r=4)), tmp_path / "saved")
     assert written.base_hash == open_checkpoint(tmp_path / "saved").base_hash == report.base_hash
     assert written.skipped.keys() == report.skipped.keys()
+
+
+def test_named_chat_templates_are_saved(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer = tokenizer_in(tmp_path / "tokenizer")
+    tokenizer.chat_template = {"default": "A", "rag": "B"}
+    save_checkpoint(load_model(checkpoint), tmp_path / "saved", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template == tokenizer.chat_template
+    assert chat_templates(tmp_path / "saved") == tokenizer.chat_template
 
 
 def test_wishes_that_make_no_sense_are_refused(tmp_path: Path) -> None:

@@ -21,12 +21,16 @@ from irq_export.export.gguf.llamacpp_rules import (
 from irq_export.export.gguf.pre_tokenizer import recognise_pre_tokenizer
 from irq_export.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from irq_formats.errors import UnsupportedModel, UsageError
-from irq_formats.files import open_fixed
+from irq_formats.files import read_small
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
+from irq_formats.gguf.rules import key_fault
 from irq_formats.hf_tokenizer import chat_templates, special_ids
 from irq_formats.strict_json import parse_object
 
 __all__ = ["TokenizerMetadata", "read_tokenizer"]
+
+_TEMPLATE = "tokenizer.chat_template"
+_MOST_BYTES = 256 << 20  # more than any tokenizer.json has
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def read_tokenizer(
 ) -> TokenizerMetadata:
     """Read the tokenizer of a Hugging Face directory.
 
-    Without a ``tokenizer.json`` the file gets llama.cpp's ``none`` model, for which prompts are token ids.
+    Without a ``tokenizer.json`` the file gets llama.cpp's ``none`` model, which encodes no text.
 
     Args:
         directory: Holds ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``.
@@ -68,10 +72,9 @@ def read_tokenizer(
                 where=directory,
                 hint="Write one with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
             )
-        note = "the checkpoint has no tokenizer: prompts must be token ids"
+        note = "the checkpoint has no tokenizer: run, serve and perplexity need one as --tokenizer"
         return TokenizerMetadata({"tokenizer.ggml.model": STR("none")}, [note])
-    file = open_fixed(path)
-    text = file.read_bytes(0, file.size)
+    text = read_small(path, limit=_MOST_BYTES)
     tokenizer = parse_object(text, where=path)
     values: dict[str, GgufValue] = {}
     notes: list[str] = []
@@ -90,7 +93,10 @@ def read_tokenizer(
     if pre_tokenizer is not None and "tokenizer.ggml.pre" in values:
         notes.append(f"pre-tokenizer {pre_tokenizer} as given: irq-export verify shows if llama.cpp agrees")
     values |= {f"tokenizer.ggml.{key}": U32(token_id) for key, token_id in special.items()}
-    values |= _template_values(directory)
+    named = chat_templates(directory)
+    if unspeakable := sorted(name for name in named if key_fault(f"{_TEMPLATE}.{name}") is not None):
+        notes.append(f"left out: chat templates whose names GGUF cannot hold: {', '.join(unspeakable)}")
+    values |= _template_values({name: text for name, text in named.items() if name not in unspeakable})
     values["tokenizer.huggingface.json"] = STR(text.decode("utf-8"))
     return TokenizerMetadata(values, notes)
 
@@ -144,13 +150,12 @@ def _token_values(vocabulary: Vocabulary) -> dict[str, GgufValue]:
     return values
 
 
-def _template_values(directory: Path) -> dict[str, GgufValue]:
+def _template_values(named: Mapping[str, str]) -> dict[str, GgufValue]:
     """Return the chat templates: the default one, and the names and texts of others."""
-    named = chat_templates(directory)
-    values = {}
+    values: dict[str, GgufValue] = {}
     if "default" in named:
-        values["tokenizer.chat_template"] = STR(named.pop("default"))
-    if named:
-        values["tokenizer.chat_templates"] = STR.array(list(named))
-        values |= {f"tokenizer.chat_template.{name}": STR(text) for name, text in named.items()}
+        values[_TEMPLATE] = STR(named["default"])
+    if more := [name for name in named if name != "default"]:
+        values[f"{_TEMPLATE}s"] = STR.array(more)
+        values |= {f"{_TEMPLATE}.{name}": STR(named[name]) for name in more}
     return values
