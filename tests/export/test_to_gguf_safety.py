@@ -114,6 +114,32 @@ def test_an_existing_output_stays(tmp_path, gguf_source):
     open_gguf(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupted_export_leaves_model_and_adapter_as_they_were(tmp_path, gguf_source, overwrite):
+    """The adapter is complete when the model is interrupted: neither may appear, nor what was there go."""
+    given = gguf_source("nf4")
+    before = {}
+    if overwrite:
+        to_gguf(given.path, tmp_path / "m.gguf", adapter_dir=given.adapter_dir, separate_adapter=True)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert len(before) == 2
+
+    def interrupt(done: int, total: int, name: str) -> None:
+        if name == "output_norm.weight":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        to_gguf(
+            given.path,
+            tmp_path / "m.gguf",
+            adapter_dir=given.adapter_dir,
+            separate_adapter=True,
+            overwrite=overwrite,
+            progress=interrupt,
+        )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_full_disk_is_refused_first(tmp_path, gguf_source, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -147,9 +173,9 @@ def test_contradictions_are_refused(tmp_path, gguf_source, options, message):
 
 def test_a_wrong_file_is_rejected(tmp_path, gguf_source, monkeypatch):
     """A writer that flips one bit is found by the read-back; the file does not keep its name."""
-    write = convert.write_gguf
+    write = convert.write_gguf_into
 
-    def flip(path, metadata, tensors, **options):
+    def flip(file, metadata, tensors, **options):
         first = tensors[0]
 
         def load():
@@ -157,9 +183,9 @@ def test_a_wrong_file_is_rejected(tmp_path, gguf_source, monkeypatch):
             data.view(np.uint8).reshape(-1)[5] ^= 1
             return data
 
-        write(path, metadata, [replace(first, load=load), *tensors[1:]], **options)
+        write(file, metadata, [replace(first, load=load), *tensors[1:]], **options)
 
-    monkeypatch.setattr(convert, "write_gguf", flip)
+    monkeypatch.setattr(convert, "write_gguf_into", flip)
     for options, output in (({}, "m.gguf"), ({"profile": "stock"}, "pair"), ({"merge": "f16"}, "f.gguf")):
         with pytest.raises(ParityFailed):
             to_gguf(gguf_source("int4").path, tmp_path / output, **options)

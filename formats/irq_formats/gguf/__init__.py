@@ -24,7 +24,7 @@ from irq_formats.gguf.types import (
     GgufValue,
     ValueType,
 )
-from irq_formats.gguf.writer import TensorSource, file_bytes, write_gguf
+from irq_formats.gguf.writer import TensorSource, file_bytes, write_gguf, write_gguf_into
 
 __all__ = [
     "BOOL",
@@ -48,4 +48,5 @@ __all__ = [
     "file_bytes",
     "open_gguf",
     "write_gguf",
+    "write_gguf_into",
 ]

@@ -20,7 +20,7 @@ from irq_formats.errors import UsageError
 from irq_formats.gguf import rules
 from irq_formats.gguf.types import STR, GgmlType, GgufValue, ValueType
 
-__all__ = ["Progress", "TensorSource", "encode_header", "file_bytes", "write_gguf"]
+__all__ = ["Progress", "TensorSource", "encode_header", "file_bytes", "write_gguf", "write_gguf_into"]
 
 Progress = Callable[[str, int, int], None]
 """Called after each tensor with (name, bytes done, bytes in all)."""
@@ -67,16 +67,28 @@ def write_gguf(
         OutputExists: ``path`` exists and ``overwrite`` is false.
         PreflightRefused: The disk ran full.
     """
+    encode_header(metadata, tensors)  # raises before there is a file
+    with atomic_file(path, overwrite=overwrite) as file:
+        write_gguf_into(file, metadata, tensors, progress=progress)
+
+
+def write_gguf_into(
+    file: BinaryIO,
+    metadata: Mapping[str, GgufValue],
+    tensors: Sequence[TensorSource],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write a GGUF file into an open one, so that several can appear together; else as :func:`write_gguf`."""
     header = encode_header(metadata, tensors)
     alignment = _alignment(metadata)
     total = file_bytes(metadata, tensors)
-    with atomic_file(path, overwrite=overwrite) as file:
-        file.write(header)
-        done = len(header)
-        for tensor in tensors:
-            done += _write_tensor(file, tensor, alignment)
-            if progress is not None:
-                progress(tensor.name, done, total)
+    file.write(header)
+    done = len(header)
+    for tensor in tensors:
+        done += _write_tensor(file, tensor, alignment)
+        if progress is not None:
+            progress(tensor.name, done, total)
 
 
 def file_bytes(metadata: Mapping[str, GgufValue], tensors: Sequence[TensorSource]) -> int:

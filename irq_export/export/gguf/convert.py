@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from irq_formats.adapter import Adapter
 from irq_formats.atomic import atomic_dir, atomic_file
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import MalformedFile, ParityFailed, UsageError
-from irq_formats.gguf import GgufValue, write_gguf
+from irq_formats.gguf import GgufValue, write_gguf_into
 from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
 from irq_formats.manifest import write_manifest
 
@@ -228,21 +228,16 @@ class _Export:
             )
 
     def _write_files(self, directory: Path, *, overwrite: bool, progress: Progress | None) -> None:
+        """Write all files under partial names; when all are complete, they get their own."""
         done, total = 0, self.plan.nbytes
-        written: list[Path] = []
-        try:
-            for file in self.plan.files:
+        with ExitStack() as stack:  # what is opened first is renamed last: the model, after its adapter
+            paths = [directory / file.name for file in reversed(self.plan.files)]
+            opened = [stack.enter_context(atomic_file(path, overwrite=overwrite)) for path in paths]
+            for planned, file in zip(self.plan.files, reversed(opened), strict=True):
                 update = None if progress is None else _shifted(progress, done, total)
-                path = directory / file.name
-                sources = [tensor.source for tensor in file.tensors]
-                write_gguf(path, file.metadata, sources, overwrite=overwrite, progress=update)
-                written.append(path)
-                done += file.nbytes
-        except BaseException:
-            for path in written:  # an adapter without its model is of no use
-                with suppress(OSError):
-                    path.unlink()
-            raise
+                sources = [tensor.source for tensor in planned.tensors]
+                write_gguf_into(file, planned.metadata, sources, progress=update)
+                done += planned.nbytes
 
     def _modelfile(self) -> str:
         names = {file.name for file in self.plan.files}
