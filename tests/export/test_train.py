@@ -1,11 +1,9 @@
-"""``irq-export train``: settings, a whole run to a proved file, resuming after SIGKILL, several processes."""
+"""``irq-export train``: settings, a whole run to a proved file, resuming after SIGKILL."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,13 +11,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_training import save_tiny_training
+from tiny_training import held_out_curve, loss_curve, save_tiny_training
 from tiny_training import train_arguments as arguments
-from tolerance import DDP_GRADIENT, SUM_ORDER_FLOAT32
+from tolerance import SUM_ORDER_FLOAT32
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
 
 from irq_export.cli import main
@@ -46,16 +43,6 @@ def invoke(*args: str) -> Any:
     result = CliRunner().invoke(main, [*args, "--json"])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
-
-
-def curve(output: Path) -> list[tuple[int, float, float]]:
-    lines = [json.loads(line) for line in (output / "train" / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
-
-
-def held_out(output: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (output / "train" / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +82,7 @@ def test_importance_of_the_training_data(
 
 
 def test_a_run_is_a_checkpoint_that_deploys(finished: Path, tmp_path: Path) -> None:
-    losses = [loss for _, loss, _ in curve(finished)]
+    losses = [loss for _, loss, _ in loss_curve(finished)]
     assert len(losses) == 10
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     checkpoint = open_checkpoint(finished)
@@ -112,13 +99,13 @@ def test_a_run_is_a_checkpoint_that_deploys(finished: Path, tmp_path: Path) -> N
 
 
 def test_a_finished_run_is_neither_overwritten_nor_repeated(finished: Path, source: Path) -> None:
-    before = curve(finished)
+    before = loss_curve(finished)
     again = CliRunner().invoke(main, arguments(source, finished))
     assert again.exit_code == 6
     assert "--resume" in again.output
     report = invoke("train", "-o", str(finished), "--resume")  # everything else is on record
     assert report["train"]["steps"] == 10
-    assert curve(finished) == before
+    assert loss_curve(finished) == before
     other = CliRunner().invoke(main, ["train", "-o", str(finished), "--resume", "--lr", "5"])
     assert other.exit_code == 2
     assert "not the run that was begun here" in other.output
@@ -139,14 +126,14 @@ def test_killed_and_resumed_is_the_same_run(finished: Path, source: Path) -> Non
             assert time.monotonic() < limit
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-    steps = [step for step, *_ in curve(output)]
+    steps = [step for step, *_ in loss_curve(output)]
     assert 5 <= steps[-1] < 10
     state = RunDir(output).states()[-1]
     assert state.name == "checkpoint-3"
     (output / "train" / "checkpoint-6").mkdir(exist_ok=True)  # a state that was being written
     (output / "train" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
     invoke(*command, "--resume")
-    assert curve(output) == curve(finished)
+    assert loss_curve(output) == loss_curve(finished)
     ours, theirs = (read_peft_adapter(path / "adapter") for path in (output, finished))
     for name, layer in theirs.layers.items():
         assert ours.layers[name].lora_b.tobytes() == layer.lora_b.tobytes()
@@ -160,7 +147,7 @@ def test_held_out_loss_is_a_mean_over_tokens(source: Path, tmp_path: Path) -> No
     for micro in ("4", "1"):
         more = ["--steps", "1", "--eval-data", data, "--micro-batch", micro, "--lr", "1e-30"]
         invoke(*arguments(source, tmp_path / micro, *more, "--importance", "none"))
-        found += held_out(tmp_path / micro)
+        found += held_out_curve(tmp_path / micro)
     assert [step for step, _ in found] == [1, 1]  # it ends with an evaluation
     assert found[0][1] == pytest.approx(found[1][1], rel=SUM_ORDER_FLOAT32)
     config = TrainConfig(max_length=96, prompt="plain")
@@ -321,7 +308,7 @@ def test_a_finished_run_makes_no_further_step(source: Path, tmp_path: Path) -> N
     before = (output / "adapter" / "adapter_model.safetensors").read_bytes()
     again = invoke("train", "-o", str(output), "--resume")["train"]
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
-    assert [step for step, *_ in curve(output)] == [1, 2]
+    assert [step for step, *_ in loss_curve(output)] == [1, 2]
     assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
@@ -330,78 +317,5 @@ def test_the_last_steps_are_logged(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     more = ["--importance", "none", "--steps", "4", "--log-every", "10"]
     report = invoke(*arguments(source, output, *more))["train"]
-    assert [step for step, *_ in curve(output)] == [1, 4]
-    assert report["loss"] == curve(output)[-1][1]
-
-
-_FIRST_STEP = """
-import sys, torch
-from transformers import TrainerCallback
-from irq_export.train.config import make_config
-from irq_export.train.run import train
-
-class Keep(TrainerCallback):
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0:
-            whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t  # every process takes part
-            named = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
-            named["sharded"] = torch.tensor(sum(hasattr(p, "full_tensor") for p in model.parameters()))
-            if state.is_world_process_zero:
-                torch.save(named, sys.argv[1])
-
-settings = dict(model=sys.argv[2], data=(sys.argv[3],), output=sys.argv[4], rank=4, batch_size=4, epochs=1.0,
-                max_length=96, prompt="plain", device="cpu", max_grad_norm=1e9, log_every=1,
-                eval_data=(sys.argv[3],), eval_every=5, fsdp="fsdp" in sys.argv[5:])
-train(make_config(settings), callbacks=[Keep()])
-"""
-
-
-@pytest.mark.slow  # three interpreters that import torch and transformers: 30 s on one core, each
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_have_the_gradients_of_one(how: str, source: Path, tmp_path: Path) -> None:
-    """Over gloo: the first step's gradients, weighted by tokens over both halves, are those of one.
-
-    So are all losses of an epoch whose last batch is short, and the held-out loss. FSDP2 is proved to have
-    sharded, and both save the whole adapter of one process.
-    """
-    script = tmp_path / "first_step.py"
-    script.write_text(_FIRST_STEP)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def start(name: str, rank: int, world: int) -> subprocess.Popen[bytes]:
-        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
-        environment = {**os.environ, **(variables if world > 1 else {})}
-        paths = [tmp_path / f"{name}.pt", source / "model", source / "data.json", tmp_path / name]
-        more = [how] if world > 1 else []
-        return subprocess.Popen([sys.executable, str(script), *map(str, paths), *more], env=environment)
-
-    for name, world in (("one", 1), ("two", 2)):
-        processes = [start(name, rank, world) for rank in range(world)]
-        assert [process.wait(timeout=200) for process in processes] == [0] * world
-    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
-    two = {name.removeprefix("module."): gradient for name, gradient in two.items()}
-    sharded = [int(found.pop("sharded")) for found in (one, two)]
-    assert sharded[0] == 0
-    assert (sharded[1] > 14 * 6) == (how == "fsdp")  # the parts of 14 linear layers, and the adapter
-    assert one.keys() == two.keys()
-    assert any("lora_beta" in name for name in one)
-    for name, gradient in one.items():
-        largest = gradient.abs().max()
-        assert largest > 0 or "lora_A" in name or "lora_beta1" in name  # B is zero: nothing reaches A yet
-        assert (two[name] - gradient).abs().max() <= DDP_GRADIENT * max(float(largest), 1e-6)
-    losses = [curve(tmp_path / name) for name in ("one", "two")]
-    assert [step for step, *_ in losses[0]] == [1, 2, 3, 4, 5]  # 19 rows: three are left for the last step
-    for mine, theirs in zip(*losses, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4)
-    found = [held_out(tmp_path / name) for name in ("one", "two")]
-    assert [step for step, _ in found[0]] == [5]
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
-    ours, theirs = (read_peft_adapter(tmp_path / name / "adapter").layers for name in ("two", "one"))
-    assert ours.keys() == theirs.keys()
-    for name, layer in theirs.items():
-        np.testing.assert_allclose(ours[name].lora_a, layer.lora_a, rtol=0, atol=2e-3)  # five steps of 2e-4
-        assert ours[name].lora_b.shape == layer.lora_b.shape
-        assert np.abs(ours[name].lora_b).max() > 0
+    assert [step for step, *_ in loss_curve(output)] == [1, 4]
+    assert report["loss"] == loss_curve(output)[-1][1]
