@@ -10,7 +10,18 @@ from irq_formats.errors import MalformedFile
 from irq_formats.files import read_small
 from irq_formats.strict_json import parse_object
 
-__all__ = ["MORE_TEMPLATES", "AddedToken", "added_tokens", "chat_templates", "special_ids"]
+__all__ = [
+    "END_TOKENS_KEY",
+    "MORE_TEMPLATES",
+    "AddedToken",
+    "added_tokens",
+    "chat_templates",
+    "end_ids",
+    "special_ids",
+]
+
+#: All end tokens of a model that has more than llama.cpp's keys hold: key of GGUF, u32[].
+END_TOKENS_KEY = "tokenizer.huggingface.eos_token_ids"
 
 #: The folder in which transformers keeps chat templates beside the default one, each as NAME.jinja.
 MORE_TEMPLATES = "additional_chat_templates"
@@ -94,8 +105,8 @@ def _read_template(path: Path) -> str:
 def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, int]:
     """Return the ids of the special tokens by GGUF key (without ``tokenizer.ggml.``).
 
-    ``tokenizer_config.json`` names them; what it leaves out comes from ``config.json``. Further
-    end tokens of ``generation_config.json`` become eot and eom, at which runtimes stop too.
+    ``tokenizer_config.json`` names them; what it leaves out comes from ``config.json``. Of further end tokens
+    the first two become eot and eom, at which runtimes stop too; :func:`end_ids` has all.
 
     Args:
         directory: The Hugging Face directory.
@@ -106,7 +117,6 @@ def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, i
     """
     config = _read_json(directory / "tokenizer_config.json")
     model = _read_json(directory / "config.json")
-    generation = _read_json(directory / "generation_config.json")
     ids = _ids(tokenizer, directory / "tokenizer.json")
     known = set(ids.values())
     found: dict[str, int] = {}
@@ -121,9 +131,34 @@ def special_ids(directory: Path, tokenizer: Mapping[str, object]) -> dict[str, i
             found[key] = ids[text]
         else:
             raise MalformedFile(f"{name} is not in the vocabulary", where=directory, got=repr(text))
-    ends = [token_id for token_id in _ends(generation.get("eos_token_id")) if token_id in known]
-    more = [token_id for token_id in ends if token_id != found.get("eos_token_id")]
+    more = [
+        end for end in _listed_ends(directory, model) if end in known and end != found.get("eos_token_id")
+    ]
     return found | dict(zip(_MORE_ENDS, more, strict=False))
+
+
+def end_ids(directory: Path, tokenizer: Mapping[str, object]) -> list[int]:
+    """Return every token that ends a reply, the tokenizer's end of sequence first.
+
+    The others are those at which transformers stops: of ``generation_config.json``, else of ``config.json``.
+
+    Args:
+        directory: The Hugging Face directory.
+        tokenizer: Its parsed ``tokenizer.json``.
+
+    Raises:
+        MalformedFile: As :func:`special_ids`.
+    """
+    first = special_ids(directory, tokenizer).get("eos_token_id")
+    listed = _listed_ends(directory, _read_json(directory / "config.json"))
+    known = set(_ids(tokenizer, directory / "tokenizer.json").values())
+    ends = [*([] if first is None else [first]), *(end for end in listed if end in known)]
+    return [*dict.fromkeys(ends)]
+
+
+def _listed_ends(directory: Path, model: Mapping[str, object]) -> list[int]:
+    generation = _read_json(directory / "generation_config.json").get("eos_token_id")
+    return [*dict.fromkeys(_ends(model.get("eos_token_id") if generation is None else generation))]
 
 
 def added_tokens(tokenizer: Mapping[str, object], where: object) -> list[AddedToken]:

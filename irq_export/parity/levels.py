@@ -51,7 +51,9 @@ def _same_ends(checkpoint: Checkpoint, trained: TrainedTokenizer, ours: Tokenize
     """Compare the tokens that end a reply: those at which transformers stops, and the tokenizer's own end."""
     path = checkpoint.path / "generation_config.json"
     generation = parse_object(read_small(path, limit=_MAX_JSON_BYTES), where=path) if path.is_file() else {}
-    ends = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    ends = generation.get("eos_token_id")
+    if ends is None:
+        ends = checkpoint.config.get("eos_token_id")
     listed = ends if isinstance(ends, list) else [ends]
     expected = {end for end in (*listed, trained.end) if isinstance(end, int) and 0 <= end < trained.size}
     got = set(ours.stop_tokens)

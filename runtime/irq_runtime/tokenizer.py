@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.fields import Fields
 from irq_formats.files import open_fixed
 from irq_formats.gguf import GgufFile
-from irq_formats.hf_tokenizer import chat_templates, special_ids
+from irq_formats.hf_tokenizer import END_TOKENS_KEY, chat_templates, end_ids, special_ids
 from irq_formats.strict_json import parse_object
 
 __all__ = ["Tokenizer", "load_tokenizer"]
@@ -151,11 +152,14 @@ def load_tokenizer(gguf: GgufFile, source: str | Path | None = None) -> Tokenize
         kind: _token_id(fields, f"tokenizer.ggml.{kind}_token_id", model.get_vocab_size())
         for kind in ("bos", "eos", "eot", "eom")
     }
-    stops = dict.fromkeys(ids[kind] for kind in ("eos", "eot", "eom"))
+    ends = [token for kind in ("eos", "eot", "eom") if (token := ids[kind]) is not None]
+    more = fields.array(END_TOKENS_KEY, "u").tolist() if fields.has(END_TOKENS_KEY) else []
+    for token in more:
+        _check_id(token, model.get_vocab_size(), f"{fields.where}: {END_TOKENS_KEY}")
     return Tokenizer(
         model,
         bos=ids["bos"],
-        stop_tokens=tuple(token for token in stops if token is not None),
+        stop_tokens=tuple(dict.fromkeys([*ends, *more])),
         add_bos=fields.boolean("tokenizer.ggml.add_bos_token", False),
         chat_template=fields.string(_TEMPLATE) if fields.has(_TEMPLATE) else None,
     )
@@ -169,6 +173,8 @@ def _read_source(path: Path) -> dict[str, object]:
     values: dict[str, object] = {_JSON: data.decode()}
     if path.is_dir():
         values |= {f"tokenizer.ggml.{key}": token for key, token in special_ids(path, document).items()}
+        if ends := end_ids(path, document):
+            values[END_TOKENS_KEY] = np.array(ends, np.uint32)
         if "default" in (templates := chat_templates(path)):
             values[_TEMPLATE] = templates["default"]
     return values
@@ -193,11 +199,12 @@ def _token_id(fields: Fields, key: str, size: int) -> int | None:
     if not fields.has(key):
         return None
     token = fields.integer(key)
+    _check_id(token, size, f"{fields.where}: {key}")
+    return token
+
+
+def _check_id(token: int, size: int, where: str) -> None:
     if not 0 <= token < size:
         raise MalformedFile(
-            "token outside the vocabulary",
-            where=f"{fields.where}: {key}",
-            expected=f"0 to {size - 1}",
-            got=token,
+            "token outside the vocabulary", where=where, expected=f"0 to {size - 1}", got=token
         )
-    return token

@@ -24,12 +24,13 @@ from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.files import read_small
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
 from irq_formats.gguf.rules import key_fault
-from irq_formats.hf_tokenizer import chat_templates, special_ids
+from irq_formats.hf_tokenizer import END_TOKENS_KEY, chat_templates, end_ids, special_ids
 from irq_formats.strict_json import parse_object
 
 __all__ = ["TokenizerMetadata", "read_tokenizer"]
 
 _TEMPLATE = "tokenizer.chat_template"
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _MOST_BYTES = 256 << 20  # more than any tokenizer.json has
 
 
@@ -93,6 +94,11 @@ def read_tokenizer(
     if pre_tokenizer is not None and "tokenizer.ggml.pre" in values:
         notes.append(f"pre-tokenizer {pre_tokenizer} as given: irq-export verify shows if llama.cpp agrees")
     values |= {f"tokenizer.ggml.{key}": U32(token_id) for key, token_id in special.items()}
+    ends = end_ids(directory, tokenizer)
+    if unnamed := [end for end in ends if end not in {special.get(key) for key in _END_KEYS}]:
+        values[END_TOKENS_KEY] = U32.array(ends)
+        if stock:
+            notes.append(f"llama.cpp's keys hold three end tokens; it may not stop at {unnamed}")
     named = chat_templates(directory)
     if unspeakable := sorted(name for name in named if key_fault(f"{_TEMPLATE}.{name}") is not None):
         notes.append(f"left out: chat templates whose names GGUF cannot hold: {', '.join(unspeakable)}")

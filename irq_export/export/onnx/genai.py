@@ -14,7 +14,9 @@ from typing import Any
 
 from irq_export.export.onnx.options import OnnxOptions
 from irq_formats.checkpoint import Checkpoint
-from irq_formats.errors import MalformedFile, UsageError
+from irq_formats.errors import MalformedFile
+from irq_formats.files import read_small
+from irq_formats.hf_tokenizer import special_ids
 from irq_formats.onnx.model_file import MODEL_NAME
 from irq_formats.strict_json import parse_object
 from irq_runtime.onnx import library_path
@@ -22,6 +24,7 @@ from irq_runtime.onnx import library_path
 __all__ = ["GENAI_CONFIG", "genai_config", "write_genai_config", "write_library"]
 
 GENAI_CONFIG = "genai_config.json"
+_MOST_BYTES = 256 << 20  # more than any tokenizer.json has
 
 #: Fields of generation_config.json that genai's search knows under the same names.
 _SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "length_penalty")
@@ -46,7 +49,7 @@ def genai_config(checkpoint: Checkpoint, options: OnnxOptions) -> dict[str, Any]
     """
     config, generation = checkpoint.model, _generation(checkpoint.path)
     known = {**checkpoint.config, **{k: v for k, v in generation.items() if v is not None}}
-    stops = _ids(checkpoint, known, "eos_token_id")
+    stops = [*dict.fromkeys([*_ids(checkpoint, known, "eos_token_id"), *_tokenizer_end(checkpoint)])]
     context = options.context or config.max_position_embeddings
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -100,12 +103,17 @@ def write_library(directory: Path, checkpoint: Checkpoint, options: OnnxOptions)
 
 def _generation(directory: Path) -> Mapping[str, Any]:
     path = directory / "generation_config.json"
+    return parse_object(read_small(path, limit=_MOST_BYTES), where=path) if path.is_file() else {}
+
+
+def _tokenizer_end(checkpoint: Checkpoint) -> list[int]:
+    """Return the tokenizer's own end of sequence, with which training ends a reply."""
+    path = checkpoint.path / "tokenizer.json"
     if not path.is_file():
-        return {}
-    try:
-        return parse_object(path.read_bytes(), where=path)
-    except OSError as error:
-        raise UsageError("cannot be read", where=path, got=error.strerror) from error
+        return []
+    document = parse_object(read_small(path, limit=_MOST_BYTES), where=path)
+    end = special_ids(checkpoint.path, document).get("eos_token_id")
+    return [] if end is None or end >= checkpoint.model.vocab_size else [end]
 
 
 def _ids(checkpoint: Checkpoint, known: Mapping[str, Any], key: str) -> list[int]:
