@@ -203,6 +203,13 @@ def test_what_llama_cpp_does_otherwise_is_refused(tmp_path, name):
     assert "no tokens in llama.cpp's terms" in ours.notes[0]
 
 
+def test_what_transformers_rewrote_is_refused_with_advice(tmp_path):
+    save_tiny_tokenizer(tmp_path, "sentencepiece")
+    _edit(tmp_path, _metaspace("first"))
+    with pytest.raises(UnsupportedModel, match="normaliser Prepend instead, train with that one"):
+        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+
+
 def test_text_that_is_not_nfc_is_noted(tmp_path):
     save_tiny_tokenizer(tmp_path, "qwen2")
     assert read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).notes == []

@@ -16,6 +16,10 @@ __all__ = ["added_around", "check_added_tokens", "normalises_text", "prefixes_sp
 
 _SPACE = "▁"  # how SentencePiece writes a space
 _HINT = "Use --profile irq, which carries tokenizer.json itself"
+_REWRITTEN = (
+    f"{_HINT}. transformers 5 writes this form when it saves a Llama tokenizer: where the original model's "
+    "tokenizer.json has the normaliser Prepend instead, train with that one"
+)
 
 _Step = Mapping[str, object]
 
@@ -124,7 +128,8 @@ def _metaspace(splitters: list[_Step], merges: bool, where: object) -> bool:
     got = {"type": step.get("type"), "replacement": step.get("replacement"), "prepend_scheme": scheme}
     expected = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": "never"}
     if got != expected:
-        raise _cannot_split(where, expected, got if step else _kinds(splitters))
+        hint = _REWRITTEN if got == {**expected, "prepend_scheme": "first"} else _HINT
+        raise _cannot_split(where, expected, got if step else _kinds(splitters), hint)
     if merges and step.get("split", True):
         raise _cannot_split(where, "split false, as there are pieces with a space inside", "split true")
     return False
@@ -177,11 +182,11 @@ def _cannot_normalise(where: object, expected: str, got: list[_Step]) -> Unsuppo
     )
 
 
-def _cannot_split(where: object, expected: object, got: object) -> UnsupportedModel:
+def _cannot_split(where: object, expected: object, got: object, hint: str = _HINT) -> UnsupportedModel:
     return UnsupportedModel(
         "llama.cpp cannot treat spaces like this tokenizer",
         where=f"{where}: pre_tokenizer",
         expected=expected,
         got=got,
-        hint=_HINT,
+        hint=hint,
     )
