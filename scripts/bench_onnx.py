@@ -5,12 +5,12 @@
     scripts/bench_onnx.py --tokens 1 --layers 32   time of one product among 32 of a session, as in a model
     scripts/bench_onnx.py --memory             resident memory: loading and running eight 4096 x 4096 layers
 
-All variants of a size are sessions in one process, on one pool of threads, so that no session's threads spin beside
-the next one's; they take turns in random order, `--rounds` times; the table
-shows medians of wall time, and how many times faster one variant is than another, from one run. Before that,
-their results are held to each other. Inputs and outputs are bound: between variants that empty the caches,
-handing numpy arrays to any operator and back costs some 50 us. Codes are random; scales are fp16 and offsets
-(tau) 8-bit values, both widened to float, as an export has them. NF4 and INT4 have offsets in the body and in the
+All variants of a size are sessions in one process, on one pool of threads, so that no session's threads
+spin beside the next one's. They take turns in random order, `--rounds` times; the table shows medians of
+wall time, and how many times faster one variant is than another, from one run. Before that, their results
+are held to each other. Inputs and outputs are bound: between variants that empty the caches, handing numpy
+arrays to any operator and back costs some 50 us. Codes are random; scales are fp16 and offsets (tau) 8-bit
+values, both widened to float, as an export has them. NF4 and INT4 have offsets in the body and in the
 library; MatMulBnb4 and MatMulNBits alone have none, so they do less.
 """
 

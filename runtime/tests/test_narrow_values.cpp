@@ -39,7 +39,9 @@ void check_storage(const std::vector<float> &values, Storage expected, const std
 
 std::vector<float> halves(std::size_t count) {
     std::vector<float> values(count);
-    for (std::size_t i = 0; i < count; ++i) values[i] = irq::float_of_f16(static_cast<std::uint16_t>(i * 40503 % 0x7c00));
+    for (std::size_t i = 0; i < count; ++i) {
+        values[i] = irq::float_of_f16(static_cast<std::uint16_t>(i * 40503 % 0x7c00));
+    }
     return values;
 }
 
@@ -64,7 +66,8 @@ int main() {
     check_storage(halves(31744), Storage::f16, "every finite fp16 from 0 on");
     check_storage({-1.5f, -0.0f, 65504.0f, 0x1p-24f, INFINITY}, Storage::f16, "unusual fp16");
     for (std::size_t count : {1u, 255u, 256u, 257u, 5184u, 65536u}) {
-        for (int i = 0; i < 20; ++i) check_storage(indexed(count, random), Storage::dq8, std::to_string(count) + " indices");
+        const std::string what = std::to_string(count) + " indices";
+        for (int i = 0; i < 20; ++i) check_storage(indexed(count, random), Storage::dq8, what);
     }
     std::vector<float> some = indexed(600, random);
     std::fill(some.begin() + IRQ_GROUP_SIZE, some.begin() + 2 * IRQ_GROUP_SIZE, 0.0f);

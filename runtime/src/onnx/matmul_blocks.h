@@ -1,9 +1,8 @@
 // irq::MatMulBlocks<KIND> (formats/spec/irq-onnx.md): Y = A W^T with W quantised in blocks.
 //
-// The kernels run on the codes as onnxruntime mapped them; what one token reads of scales and taus besides is copied into
-// fewer bytes when the kernel is made (narrow_values.h). NF4 and INT4 order the elements inside a block otherwise than the
-// kernels; a permutation of A, once a call, makes up for it. INT8 has its sign bits flipped back a few rows at a time, in
-// cache.
+// The kernels run on the codes as onnxruntime mapped them; of scales and taus, the kernel for one token has a copy in
+// fewer bytes (narrow_values.h). NF4 and INT4 order the elements inside a block otherwise than the kernels; a
+// permutation of A, once a call, makes up for it. INT8 has its sign bits flipped back a few rows at a time, in cache.
 #pragma once
 
 #include "irq/kernels.h"

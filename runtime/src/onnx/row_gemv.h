@@ -2,7 +2,7 @@
 //
 // 64 bytes of codes are 16 words of 32 bits, and nibble i of every word is brought to the low bits by shifts alone: a
 // look-up reads no others. So lane d of vector i meets element 8 d + i (NF4: i ^ 1) of 128, and x, put into that order
-// once a call, makes up for it. Nothing is unpacked, and nothing that is read was expanded before.
+// once a call, makes up for it. Scales and taus may be of any storage; a few hundred at a time are expanded into L1.
 #pragma once
 
 #include "irq/kernels.h"

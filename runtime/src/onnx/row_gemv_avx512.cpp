@@ -49,8 +49,10 @@ void store_every_eighth(const Vec in[8], std::size_t flip, float *out) {
         const Int at = _mm512_add_epi32(from, _mm512_set1_epi32(static_cast<int>(half)));
         Vec quarter[4];  // [vector half + 0, 1, 2, 3] [four lanes]
         for (std::size_t i = 0; i < 4; ++i) quarter[i] = _mm512_permutex2var_ps(in[2 * i], at, in[2 * i + 1]);
-        const Vec a = _mm512_shuffle_f32x4(quarter[0], quarter[1], 0x44), b = _mm512_shuffle_f32x4(quarter[2], quarter[3], 0x44);
-        const Vec c = _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xee), d = _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xee);
+        const Vec a = _mm512_shuffle_f32x4(quarter[0], quarter[1], 0x44);
+        const Vec b = _mm512_shuffle_f32x4(quarter[2], quarter[3], 0x44);
+        const Vec c = _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xee);
+        const Vec d = _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xee);
         _mm512_storeu_ps(out + (half + (0 ^ flip)) * width, _mm512_shuffle_f32x4(a, b, 0x88));
         _mm512_storeu_ps(out + (half + (1 ^ flip)) * width, _mm512_shuffle_f32x4(a, b, 0xdd));
         _mm512_storeu_ps(out + (half + (2 ^ flip)) * width, _mm512_shuffle_f32x4(c, d, 0x88));
@@ -110,13 +112,14 @@ void prepare(const Matrix &w, const void *x, bool is_half, float *prepared) {
     return _mm512_add_ps(even, odd);
 }
 
-// Scales and taus lie in arrays of their own and meet every row in two loops, because the larger one needs every register.
+// What ScaleWindow asks of a layout.
 struct Blocks {
     static constexpr int lead = 0, stride = 0;
     static constexpr bool adds_tau = true;
 };
 using Values = ScaleWindow<Avx512, Blocks>;
 
+// What R rows' taus add to their sums. Its own loop, because the other one needs every register.
 template <std::size_t R>
 [[gnu::always_inline]] inline void add_taus(const float *tau, std::size_t nb, const float *sum, Vec total[R]) {
     for (std::size_t b = 0; b < nb; b += width) {
@@ -129,7 +132,8 @@ template <std::size_t R>
 
 // R rows from row r on.
 template <std::size_t R, std::size_t block>
-[[gnu::always_inline]] inline void multiply_rows(const Matrix &w, Values *values, const float *x, std::size_t r, float *y) {
+[[gnu::always_inline]] inline void multiply_rows(const Matrix &w, Values *values, const float *x, std::size_t r,
+                                                 float *y) {
     const std::size_t nb = w.columns / block, bytes = w.columns / 2, ahead = bytes_ahead(w);
     const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + r * bytes;
     values->reach(r * nb, R * nb);

@@ -23,24 +23,42 @@ TileRange tile_range(std::size_t tokens, std::size_t tiles, std::size_t tile) {
 
 // --- A: for every chunk of columns and every tile (columns of the chunk, tokens of the tile) ---
 
-template <class S>
-void pack(const void *a, bool is_half, std::size_t tokens, std::size_t k, std::size_t tile, float *packed) {
-    const std::size_t tiles = (tokens + S::tile_tokens - 1) / S::tile_tokens;
-    const auto [begin, end] = tile_range(tokens, tiles, tile);
-    for (std::size_t k0 = 0; k0 < k; k0 += chunk_columns) {
-        const std::size_t columns = std::min(chunk_columns, k - k0), n = end - begin;
-        float *out = packed + k0 * tokens + columns * begin;
-        for (std::size_t t = 0; t < n; ++t) {
-            const std::size_t at = (begin + t) * k + k0;
-            if (is_half) {
-                const auto *x = static_cast<const std::uint16_t *>(a) + at;
-                for (std::size_t i = 0; i < columns; ++i) out[i * n + t] = S::from_half(x[i]);
-            } else {
-                const auto *x = static_cast<const float *>(a) + at;
-                for (std::size_t i = 0; i < columns; ++i) out[i * n + t] = x[i];
-            }
+// n <= S::width rows of x, `width` columns of them: out[i * n + t].
+template <class S, class T>
+void pack_columns(const T *x, std::size_t k, std::size_t n, float *out) {
+    constexpr std::size_t width = S::width;
+    typename S::Vec square[width];
+    for (std::size_t t = 0; t < width; ++t) square[t] = t < n ? S::load(x + t * k) : S::zero();
+    S::transpose(square);
+    for (std::size_t i = 0; i < width; ++i) {
+        if (i * n + width <= width * n) {  // what is too much, the next column writes again
+            S::store(out + i * n, square[i]);
+        } else {
+            alignas(64) float column[width];
+            S::store(column, square[i]);
+            std::memcpy(out + i * n, column, n * sizeof(float));
         }
     }
+}
+
+template <class S, class T>
+void pack_tile(const T *a, std::size_t tokens, std::size_t k, std::size_t tile, float *packed) {
+    const auto [begin, end] = tile_range(tokens, (tokens + S::tile_tokens - 1) / S::tile_tokens, tile);
+    const std::size_t n = end - begin;
+    for (std::size_t k0 = 0; k0 < k; k0 += chunk_columns) {
+        const std::size_t columns = std::min(chunk_columns, k - k0);
+        float *out = packed + k0 * tokens + columns * begin;
+        for (std::size_t i = 0; i < columns; i += S::width) {
+            pack_columns<S>(a + begin * k + k0 + i, k, n, out + i * n);
+        }
+    }
+}
+
+template <class S>
+void pack(const void *a, bool is_half, std::size_t tokens, std::size_t k, std::size_t tile, float *packed) {
+    static_assert(S::tile_tokens <= S::width, "a tile is transposed in one square");
+    if (is_half) pack_tile<S>(static_cast<const std::uint16_t *>(a), tokens, k, tile, packed);
+    else pack_tile<S>(static_cast<const float *>(a), tokens, k, tile, packed);
 }
 
 // --- W: one panel ---

@@ -17,11 +17,34 @@ struct Avx2 {
     static Vec zero() { return _mm256_setzero_ps(); }
     static Vec set1(float x) { return _mm256_set1_ps(x); }
     static Vec load(const float *p) { return _mm256_loadu_ps(p); }
+    static Vec load(const std::uint16_t *p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    }
     static void store(float *p, Vec v) { _mm256_storeu_ps(p, v); }
     static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
     static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
     static float from_half(std::uint16_t half) { return _cvtsh_ss(half); }
+
+    // v[i][t] becomes v[t][i].
+    static void transpose(Vec v[width]) {
+        Vec four[2][4];  // [rows 4 g to 4 g + 3] [column c of each 128 bits]
+        for (std::size_t g = 0; g < 2; ++g) {
+            const Vec *row = v + 4 * g;
+            const auto low = [](Vec x, Vec y) { return _mm256_castps_pd(_mm256_unpacklo_ps(x, y)); };
+            const auto high = [](Vec x, Vec y) { return _mm256_castps_pd(_mm256_unpackhi_ps(x, y)); };
+            const __m256d a = low(row[0], row[1]), b = low(row[2], row[3]);
+            const __m256d c = high(row[0], row[1]), d = high(row[2], row[3]);
+            four[g][0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+            four[g][1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+            four[g][2] = _mm256_castpd_ps(_mm256_unpacklo_pd(c, d));
+            four[g][3] = _mm256_castpd_ps(_mm256_unpackhi_pd(c, d));
+        }
+        for (std::size_t c = 0; c < 4; ++c) {
+            v[c] = _mm256_permute2f128_ps(four[0][c], four[1][c], 0x20);
+            v[4 + c] = _mm256_permute2f128_ps(four[0][c], four[1][c], 0x31);
+        }
+    }
 
     static Table table(const float *levels) { return {_mm256_loadu_ps(levels), _mm256_loadu_ps(levels + 8)}; }
     static Vec look_up_8(Int index, const Table &table) { return _mm256_permutevar8x32_ps(table.low, index); }

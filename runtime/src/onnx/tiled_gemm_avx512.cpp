@@ -15,11 +15,40 @@ struct Avx512 {
     static Vec zero() { return _mm512_setzero_ps(); }
     static Vec set1(float x) { return _mm512_set1_ps(x); }
     static Vec load(const float *p) { return _mm512_loadu_ps(p); }
+    static Vec load(const std::uint16_t *p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    }
     static void store(float *p, Vec v) { _mm512_storeu_ps(p, v); }
     static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
     static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
     static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
     static float from_half(std::uint16_t half) { return _cvtsh_ss(half); }
+
+    // v[i][t] becomes v[t][i].
+    static void transpose(Vec v[width]) {
+        Vec four[4][4];  // [rows 4 g to 4 g + 3] [column c of each 128 bits]
+        for (std::size_t g = 0; g < 4; ++g) {
+            const Vec *row = v + 4 * g;
+            const auto low = [](Vec x, Vec y) { return _mm512_castps_pd(_mm512_unpacklo_ps(x, y)); };
+            const auto high = [](Vec x, Vec y) { return _mm512_castps_pd(_mm512_unpackhi_ps(x, y)); };
+            const __m512d a = low(row[0], row[1]), b = low(row[2], row[3]);
+            const __m512d c = high(row[0], row[1]), d = high(row[2], row[3]);
+            four[g][0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            four[g][1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            four[g][2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+            four[g][3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+        }
+        for (std::size_t c = 0; c < 4; ++c) {
+            const Vec a = _mm512_shuffle_f32x4(four[0][c], four[1][c], 0x44);
+            const Vec b = _mm512_shuffle_f32x4(four[2][c], four[3][c], 0x44);
+            const Vec d = _mm512_shuffle_f32x4(four[0][c], four[1][c], 0xee);
+            const Vec e = _mm512_shuffle_f32x4(four[2][c], four[3][c], 0xee);
+            v[c] = _mm512_shuffle_f32x4(a, b, 0x88);
+            v[4 + c] = _mm512_shuffle_f32x4(a, b, 0xdd);
+            v[8 + c] = _mm512_shuffle_f32x4(d, e, 0x88);
+            v[12 + c] = _mm512_shuffle_f32x4(d, e, 0xdd);
+        }
+    }
 
     static Table table(const float *levels) { return _mm512_loadu_ps(levels); }
     static Vec look_up_16(Int index, Table table) { return _mm512_permutexvar_ps(index, table); }
