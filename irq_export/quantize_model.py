@@ -20,29 +20,16 @@ from irq_export.icq_calibrated import quantize_calibrated
 from irq_export.quantize_plan import INT8, QuantizePlan, plan_quantization
 from irq_formats.blocks import BlockSpec, BlockTensor, encode_int8
 from irq_formats.checkpoint_writer import checkpoint_writer
+from irq_formats.companions import companion_files
 from irq_formats.errors import UnsupportedModel, UsageError
-from irq_formats.hf_tokenizer import MORE_TEMPLATES
 from irq_formats.preflight import check_dir_target, check_room
 from irq_formats.safetensors_io import DTYPES, SafeTensors, TensorRef
 
-__all__ = ["QuantizeReport", "TensorReport", "companions", "quantize"]
+__all__ = ["QuantizeReport", "TensorReport", "quantize"]
 
 #: Called with tensors done, tensors in all, and the name of the one in work.
 Progress = Callable[[int, int, str], None]
 
-#: Files that belong to the model and are copied as they are, never code.
-_COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    f"{MORE_TEMPLATES}/*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 _CHUNK_BYTES = 32 << 20
 _MANIFEST_SLACK_BYTES = 16 << 20
 
@@ -198,7 +185,7 @@ def quantize(
             block, report = _quantize_one(tensor.module, tensor.spec, tensor.ref, plan.source, how, where)
             writer.add_block(tensor.module, block)
             reports.append(report)
-        for companion in companions(plan.path):
+        for companion in companion_files(plan.path):
             writer.copy_file(plan.path, companion)
         record = search.to_dict() if calibration is None else calibration.to_dict()
         quantization = writer.finish(plan.config, spec=spec, skipped=plan.skipped, search=record)
@@ -231,12 +218,6 @@ def _preflight(plan: QuantizePlan, output: Path, overwrite: bool) -> None:
         raise UsageError("output and model are the same directory", where=output)
     check_dir_target(output, overwrite=overwrite)
     check_room(output, plan.output_bytes + _MANIFEST_SLACK_BYTES)
-
-
-def companions(path: Path) -> list[Path]:
-    """Return what is copied with a model: tokenizer, chat template, generation settings, licence."""
-    found = {file for pattern in _COMPANIONS for file in path.glob(pattern)}
-    return sorted(file for file in found if file.is_file() and file.suffix not in (".py", ".safetensors"))
 
 
 def _quantize_one(

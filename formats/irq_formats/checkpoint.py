@@ -17,16 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
+from irq_formats.companions import companion_files
 from irq_formats.errors import MalformedFile, UsageError
 from irq_formats.files import open_fixed
-from irq_formats.manifest import check_manifest
+from irq_formats.manifest import MANIFEST_NAME, check_manifest, unlisted_files
 from irq_formats.model import ModelConfig
 from irq_formats.names import gguf_to_hf, tensor_shapes
 from irq_formats.quantization import Quantization
-from irq_formats.safetensors_io import SafeTensors, TensorRef, open_sharded
+from irq_formats.safetensors_io import INDEX_NAME, SINGLE_NAME, SafeTensors, TensorRef, open_sharded
 from irq_formats.strict_json import parse_object
 
 __all__ = [
+    "CHECKPOINT_KIND",
     "FLOAT_DTYPES",
     "Checkpoint",
     "QuantizedModule",
@@ -38,6 +40,8 @@ __all__ = [
     "safetensors_dtype",
 ]
 
+#: What the manifest of a checkpoint says that it is of.
+CHECKPOINT_KIND = "irq-checkpoint"
 #: Dtypes, by their safetensors names, that a tensor which is not quantised may have.
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 
@@ -91,6 +95,13 @@ class Checkpoint:
         path = self.path / "adapter"
         return path if path.is_dir() else None
 
+    @property
+    def unlisted_files(self) -> list[str]:
+        """Tokenizer, templates and settings that the manifest does not list: added later, by whomever."""
+        unlisted = set(unlisted_files(self.path))
+        names = [file.relative_to(self.path).as_posix() for file in companion_files(self.path)]
+        return [name for name in names if name in unlisted]
+
     def block_tensor(self, module: str) -> BlockTensor:
         """Read a block-quantised matrix.
 
@@ -141,10 +152,11 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     path = Path(path)
     config = read_config(path)
     quantization = Quantization.from_dict(config.get("quantization_config"), where=path / "config.json")
-    if verify:
-        check_manifest(path)
+    manifest = check_manifest(path) if verify else None
     model = ModelConfig.from_hf(config)
     tensors = open_sharded(path)
+    if manifest is not None:
+        _check_bound(manifest, quantization, tensors, path)
     blocks, plain = _match(model, quantization, tensors, path)
     checkpoint = Checkpoint(path, config, model, quantization, blocks, plain, tensors)
     if verify:
@@ -156,6 +168,23 @@ def open_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
         for module in blocks:
             checkpoint.check_scales(module)
     return checkpoint
+
+
+def _check_bound(
+    manifest: Mapping[str, object], quantization: Quantization, tensors: SafeTensors, path: Path
+) -> None:
+    """Check that a manifest is that of this checkpoint, and lists all that its meaning depends on."""
+    where = path / MANIFEST_NAME
+    extra, listed = manifest["extra"], manifest["files"]
+    expected = {"kind": CHECKPOINT_KIND, "base_hash": quantization.base_hash}
+    if not isinstance(extra, Mapping) or any(extra.get(key) != value for key, value in expected.items()):
+        raise MalformedFile(
+            "the manifest is not of this checkpoint", where=where, expected=expected, got=extra
+        )
+    names = [file.path.name for file in tensors.files]
+    names += ["config.json"] + [INDEX_NAME] * (names != [SINGLE_NAME])
+    if not isinstance(listed, Mapping) or not listed.keys() >= set(names):
+        raise MalformedFile("the manifest does not list all files", where=where, expected=_some(names))
 
 
 def read_config(path: Path) -> dict[str, object]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from irq_formats.atomic import atomic_dir
 from irq_formats.blocks import BlockSpec, BlockTensor
-from irq_formats.checkpoint import FLOAT_DTYPES, base_hash, hash_line, safetensors_dtype
+from irq_formats.checkpoint import CHECKPOINT_KIND, FLOAT_DTYPES, base_hash, hash_line, safetensors_dtype
 from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.manifest import write_manifest
 from irq_formats.quantization import Quantization
@@ -107,7 +107,7 @@ class CheckpointWriter:
         quantization = Quantization(spec, self._modules, skipped, search, digest)
         self._name_shards()
         self._write_json("config.json", {**config, "quantization_config": quantization.to_dict()})
-        write_manifest(self._directory, {"kind": "irq-checkpoint", "base_hash": digest})
+        write_manifest(self._directory, {"kind": CHECKPOINT_KIND, "base_hash": digest})
         return quantization
 
     def _add(self, tensor: TensorSpec, load: Load) -> None:

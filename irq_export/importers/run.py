@@ -11,11 +11,11 @@ from pathlib import Path
 from irq_export.importers.bitsandbytes import check_bnb_config, check_decoding, plan_bnb, read_bnb_tensor
 from irq_export.importers.pooled import fold_pooled, is_pooled
 from irq_export.importers.released import NEVER_STORED, search_again
-from irq_export.quantize_model import companions
 from irq_formats.adapter import Adapter, check_base_hash
 from irq_formats.atomic import atomic_dir
 from irq_formats.checkpoint import Checkpoint, open_checkpoint, read_config
 from irq_formats.checkpoint_writer import CheckpointWriter
+from irq_formats.companions import companion_files
 from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.gguf.irq_check import check_adapter_fits
 from irq_formats.model import ModelConfig
@@ -154,7 +154,7 @@ def _import_bnb(
             writer.add_block(module, read_bnb_tensor(source, module, module_spec, plan.shapes[module]))
         for ref in plan.plain:
             writer.add_plain(ref, partial(source.read, ref.name))
-        for companion in companions(path):
+        for companion in companion_files(path):
             writer.copy_file(path, companion)
         rest = {key: value for key, value in config.items() if key != "quantization_config"}
         quantization = writer.finish(
@@ -257,7 +257,7 @@ def _import_pooled(
             writer.add_block(module, read(module))
         for ref in checkpoint.plain.values():
             writer.add_plain(ref, partial(checkpoint.plain_raw, ref.name))
-        for companion in companions(path):
+        for companion in companion_files(path):
             writer.copy_file(path, companion)
         rest = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         old = checkpoint.quantization

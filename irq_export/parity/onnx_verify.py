@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from irq_export.export.onnx.companions import copied_files
 from irq_export.parity.gates import FLOAT32_NMSE, LOAD_MEMORY_RATIO, LOSSY_NMSE, SESSION_BYTES
 from irq_export.parity.levels import PROMPT_TOKENS
 from irq_export.parity.metrics import compare
@@ -108,12 +109,7 @@ def onnx_checks(
 def _tokenizer_level(target: OnnxTarget, samples: Sequence[Sample]) -> Iterator[Check]:
     """Compare the files, and what transformers reads from them."""
     source = target.checkpoint.path
-    files = [
-        file.name
-        for pattern in ("tokenizer*", "chat_template*", "config.json", "generation_config.json")
-        for file in sorted(source.glob(pattern))
-        if file.is_file()
-    ]
+    files = [file.relative_to(source).as_posix() for file in copied_files(source)]
     wrong = [name for name in files if not _same_file(target.folder / name, source / name)]
     detail = f"{len(files)} files byte-equal" if not wrong else f"differ: {', '.join(wrong)}"
     yield Check("tokenizer", "files", not wrong, detail, gate="byte-equal")

@@ -87,6 +87,14 @@ def test_an_adapter_without_a_hash_is_noted(tmp_path, gguf_source):
     assert any("not checked" in note for note in result.notes)
 
 
+def test_files_that_no_manifest_lists_are_noted(tmp_path, gguf_source):
+    shutil.copytree(gguf_source("nf4").path, tmp_path / "c")
+    assert not any("manifest" in note for note in to_gguf(tmp_path / "c", tmp_path / "a.gguf").notes)
+    (tmp_path / "c" / "generation_config.json").write_text("{}")
+    result = to_gguf(tmp_path / "c", tmp_path / "b.gguf")
+    assert any("taken unchecked: generation_config.json" in note for note in result.notes)
+
+
 def test_every_source_tensor_is_used_once(tmp_path, gguf_source):
     given = gguf_source("nf4")
     plan = plan_gguf(given.path, tmp_path / "m.gguf", adapter_dir=given.adapter_dir)

@@ -13,7 +13,14 @@ import pytest
 from tiny_checkpoints import write_tiny_checkpoint
 
 from irq_formats.blocks import BlockSpec
-from irq_formats.checkpoint import Checkpoint, base_hash, hash_line, hf_tensor_shapes, open_checkpoint
+from irq_formats.checkpoint import (
+    CHECKPOINT_KIND,
+    Checkpoint,
+    base_hash,
+    hash_line,
+    hf_tensor_shapes,
+    open_checkpoint,
+)
 from irq_formats.checkpoint_writer import checkpoint_writer
 from irq_formats.errors import IrqError, MalformedFile, OutputExists, UnsupportedModel, UsageError
 from irq_formats.manifest import write_manifest
@@ -40,7 +47,8 @@ def edit_config(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     config = json.loads((path / "config.json").read_text())
     change(config)
     (path / "config.json").write_text(json.dumps(config))
-    write_manifest(path, {})
+    hashed = config.get("quantization_config", {}).get("base_hash")
+    write_manifest(path, {"kind": CHECKPOINT_KIND, "base_hash": hashed})
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
@@ -49,7 +57,7 @@ def edit_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) 
     tensors = {name: file.read(name) for name in file.tensors}
     change(tensors)
     write_safetensors(path / WEIGHTS, tensors, overwrite=True)
-    write_manifest(path, {})
+    edit_config(path, lambda config: None)
 
 
 def seal(path: Path) -> None:
@@ -208,6 +216,47 @@ def test_no_manifest_is_no_checkpoint(copy: Path) -> None:
         open_checkpoint(copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["extra"].update(kind="irq-stock-pair"), "not of this checkpoint"),
+        (lambda m: m["extra"].update(base_hash="0" * 64), "not of this checkpoint"),
+        (lambda m: m.update(extra=[]), "not of this checkpoint"),
+        (lambda m: m.update(files={}), "does not list all"),
+        (lambda m: m["files"].pop("config.json"), "does not list all"),
+        (lambda m: m["files"].pop(WEIGHTS), "does not list all"),
+    ],
+)
+def test_a_manifest_that_binds_nothing_is_refused(
+    copy: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(MalformedFile, match=message):
+        open_checkpoint(copy)
+
+
+def test_every_shard_and_the_index_must_be_listed(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "c", shard_bytes=40_000)
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    for name in [name for name in manifest["files"] if name.startswith("model")]:
+        files = {other: entry for other, entry in manifest["files"].items() if other != name}
+        (tmp_path / "c" / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        with pytest.raises(MalformedFile, match="does not list all"):
+            open_checkpoint(tmp_path / "c")
+
+
+def test_files_that_came_later_are_told(copy: Path) -> None:
+    assert open_checkpoint(copy).unlisted_files == []
+    (copy / "README.md").write_text("a card, which nobody reads")
+    (copy / "additional_chat_templates").mkdir()
+    for name in ("generation_config.json", "additional_chat_templates/rag.jinja"):
+        (copy / name).write_text("{}")
+    found = open_checkpoint(copy).unlisted_files
+    assert found == ["additional_chat_templates/rag.jinja", "generation_config.json"]
+
+
 def _set(tensors: dict[str, np.ndarray], name: str, array: np.ndarray) -> None:
     assert name in tensors
     tensors[name] = array
@@ -323,6 +372,6 @@ def test_index_may_not_leave_the_directory(tmp_path: Path, shard: str) -> None:
     first = sorted(set(index["weight_map"].values()))[0]
     index["weight_map"] = {k: shard if v == first else v for k, v in index["weight_map"].items()}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_manifest(path, {})
+    edit_config(path, lambda config: None)
     with pytest.raises(MalformedFile, match="plain file name"):
         open_checkpoint(path)

@@ -196,6 +196,8 @@ class _Export:
         notes = list(tokenizer.notes)
         if used.layers and used.base_hash is None:
             notes.append("the adapter records no base hash: that it fits this base was not checked")
+        if unlisted := checkpoint.unlisted_files:
+            notes.append(f"not in the checkpoint's manifest, so taken unchecked: {', '.join(unlisted)}")
         plan = Plan(
             profile=options.profile if options.merge is None else f"merge-{options.merge}",
             output=output,

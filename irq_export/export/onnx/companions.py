@@ -13,32 +13,21 @@ from pathlib import Path
 from irq_export.export.onnx.genai import write_genai_config, write_library
 from irq_export.export.onnx.options import OnnxOptions
 from irq_formats.checkpoint import Checkpoint
+from irq_formats.companions import companion_files
 
-__all__ = ["COMPANIONS", "companion_files"]
-
-_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "config.json",  # by which tools know a Hugging Face folder
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+__all__ = ["COMPANIONS", "copied_files"]
 
 
-def companion_files(directory: Path) -> list[Path]:
+def copied_files(directory: Path) -> list[Path]:
     """Return the files of a checkpoint that are copied as they are; never code, never weights."""
-    found = {file for pattern in _PATTERNS for file in directory.glob(pattern)}
-    return sorted(file for file in found if file.is_file() and file.suffix not in (".py", ".safetensors"))
+    return [*companion_files(directory), directory / "config.json"]  # by which tools know such a folder
 
 
 def _copy(directory: Path, checkpoint: Checkpoint, options: OnnxOptions) -> None:
-    for file in companion_files(checkpoint.path):
-        shutil.copyfile(file, directory / file.name)
+    for file in copied_files(checkpoint.path):
+        target = directory / file.relative_to(checkpoint.path)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
 
 
 COMPANIONS: tuple[Callable[[Path, Checkpoint, OnnxOptions], None], ...] = (

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from irq_export.export.gguf.plan import skip_lines
 from irq_export.export.onnx.adapters import NamedAdapter, open_adapters, write_adapter_file
-from irq_export.export.onnx.companions import COMPANIONS, companion_files
+from irq_export.export.onnx.companions import COMPANIONS, copied_files
 from irq_export.export.onnx.linears import choose_operators
 from irq_export.export.onnx.network import Network, build_network
 from irq_export.export.onnx.options import DTYPES, OnnxOptions
@@ -192,6 +192,8 @@ class _Export:
             for adapter in adapters
             if adapter.base_hash is None
         ]
+        if unlisted := checkpoint.unlisted_files:
+            notes.append(f"not in the checkpoint's manifest, so taken unchecked: {', '.join(unlisted)}")
         graph = proto.SerializeToString(deterministic=True)
         plan = OnnxPlan(
             profile=options.profile,
@@ -268,7 +270,7 @@ class _Export:
 
 
 def _companions(checkpoint: Checkpoint, options: OnnxOptions) -> list[Path]:
-    return [*companion_files(checkpoint.path), *([library_path()] if options.library else [])]
+    return [*copied_files(checkpoint.path), *([library_path()] if options.library else [])]
 
 
 def _metadata(checkpoint: Checkpoint, options: OnnxOptions) -> dict[str, str]:
