@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_checkpoints import write_tiny_checkpoint
 from tiny_tokenizers import VOCAB_SIZE, save_tiny_tokenizer
+from tokenizers import Tokenizer
 
 from irq_export.export.gguf import to_gguf
 from irq_export.train.config import TrainConfig
@@ -53,6 +54,33 @@ def test_the_words_of_a_chat_are_the_tokens_of_the_deployed_file(
     text = deployed.render_chat(turns, add_generation_prompt=False)
     assert text == "<|im_start|> the quick<|im_end|><|im_start|>the on<|im_end|>"
     assert rows[0][0].ids.tolist() == deployed.encode(text, add_special=False)
+
+
+def added_as(**flags: bool) -> dict[str, object]:
+    """A tokenizer_config.json that gives a token, <|im_start|>, other flags."""
+    token = {"content": "<|im_start|>", "lstrip": False, "rstrip": False, "normalized": False}
+    return {"added_tokens_decoder": {"3": {**token, "single_word": False, "special": True, **flags}}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        added_as(rstrip=True),
+        added_as(normalized=True),
+        {"additional_special_tokens": ["he"]},
+        {"split_special_tokens": True},
+        {"add_bos_token": False},
+    ],
+    ids=str,
+)
+def test_the_configuration_does_not_change_the_tokens(tmp_path: Path, config: dict[str, object]) -> None:
+    llama_tokenizer(tmp_path, **config)
+    rules = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("<|im_start|> the quick<|im_end|>", "a<|im_start|>b", "the quick " * 20):
+        assert tokenizer(text)["input_ids"] == rules.encode(text).ids
+    assert tokenizer.eos_token_id == rules.token_to_id("</s>")
+    assert tokenizer.apply_chat_template([{"content": "x"}], tokenize=False) == "<|im_start|>x<|im_end|>"
 
 
 def test_what_transformers_cannot_read_is_malformed(tmp_path: Path) -> None:
