@@ -22,6 +22,7 @@ from irq_export.parity.report import Check, nmse_check
 from irq_export.parity.runtimes import LlamaCppRuntime, ReferenceRuntime, TorchRuntime
 from irq_export.parity.target import Target, open_target
 from irq_export.parity.tensors import exported_adapter, tensor_level
+from irq_export.parity.tokenizers import corpus
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import UsageError
 from irq_runtime.tokenizer import load_tokenizer
@@ -43,7 +44,7 @@ def gguf_checks(
     adapter: Path | None,
     adapter_gguf: Path | None,
     runtimes: Sequence[str],
-    text: str,
+    text: str | None,
     *,
     positions: int,
     greedy: int,
@@ -58,7 +59,7 @@ def gguf_checks(
         adapter: PEFT directory of the adapter in it; None: it has none.
         adapter_gguf: A separate adapter file that belongs to it.
         runtimes: Of :data:`GGUF_RUNTIMES`.
-        text: To evaluate on.
+        text: To evaluate on; None: a passage of our own, or random tokens where there is no tokenizer.
         positions: Tokens of it.
         greedy: Tokens to generate; 0 skips the level.
         adapter_scale: The user's scale of the adapter.
@@ -156,13 +157,18 @@ def _check_call(target: Target, runtimes: Sequence[str], adapter_scale: float) -
 
 
 def _tokens(
-    target: Target, checkpoint: Checkpoint, text: str, positions: int
+    target: Target, checkpoint: Checkpoint, text: str | None, positions: int
 ) -> tuple[NDArray[np.int64], bool]:
     """Return the tokens ``(n,)`` to evaluate, and whether they are text: a file may have no tokenizer."""
     if "tokenizer.huggingface.json" not in target.gguf.metadata:
+        if text is not None:
+            raise UsageError(
+                "the file has no tokenizer for a text", where=target.model, hint="Leave --text out"
+            )
         rng = np.random.default_rng(0)
         return rng.integers(0, checkpoint.model.vocab_size, positions), False
-    tokens = np.array(load_tokenizer(target.gguf).encode(text)[:positions], np.int64)
+    passage = "\n".join(corpus()) if text is None else text
+    tokens = np.array(load_tokenizer(target.gguf).encode(passage)[:positions], np.int64)
     if tokens.size < 2:
         raise UsageError("the text is too short to compare logits", expected="2 tokens", got=int(tokens.size))
     return tokens, True

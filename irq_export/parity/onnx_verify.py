@@ -87,6 +87,8 @@ def onnx_checks(
         raise UsageError(
             "an export of profile stock has no nodes for our library", where=path, got=", ".join(runtimes)
         )
+    for name in [name for name in runtimes if name not in names]:
+        yield Check("logits", name, None, "not run: profile stock has no nodes for our library")
     for name in names:
         if name.startswith("onnxruntime"):
             yield _memory_check(target, name)

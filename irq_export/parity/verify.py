@@ -49,7 +49,8 @@ def verify(
         adapter_gguf: A separate adapter file that belongs to ``file``.
         runtimes: Which of :data:`GGUF_RUNTIMES`, for ONNX of :data:`ONNX_RUNTIMES`, to run; default: all that
             are installed.
-        text: UTF-8 file to evaluate on; default: a passage that ships with the package.
+        text: UTF-8 file to evaluate on; default: a passage that ships with the package; without a tokenizer
+            random tokens.
         positions: Tokens of the text to evaluate; fewer, and the report says so, if the model takes fewer.
         greedy: Tokens to generate, likewise; 0 skips the level.
         adapter_scale: Scale given to the runtimes' adapter. Anything but 1 must fail: a test of the test.
@@ -76,6 +77,7 @@ def verify(
         note = f"of {longest + 1} positions: {detail}"
         checks.append(Check("container", "context of the model", None, note))
         positions, greedy = fitted
+    passage = _read_text(text)
     if is_onnx(Path(file)):
         from irq_export.parity import onnx_verify
 
@@ -87,7 +89,7 @@ def verify(
             checkpoint,
             adapters,
             wanted,
-            _read_text(text),
+            passage if passage is not None else "\n".join(corpus()),
             positions=positions,
             greedy=greedy,
             threads=threads,
@@ -102,7 +104,7 @@ def verify(
             adapters[0] if adapters else None,
             None if adapter_gguf is None else Path(adapter_gguf),
             wanted,
-            _read_text(text),
+            passage,
             positions=positions,
             greedy=greedy,
             adapter_scale=adapter_scale,
@@ -139,9 +141,9 @@ def _wanted(runtimes: Sequence[str] | None, known: Sequence[str], installed: Seq
     return names
 
 
-def _read_text(text: str | Path | None) -> str:
+def _read_text(text: str | Path | None) -> str | None:
     if text is None:
-        return "\n".join(corpus())
+        return None
     try:
         return Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -272,6 +272,26 @@ def test_other_forms(made: Made, tmp_path: Path, options: dict[str, str]) -> Non
         tmp_path / "o", against=made.checkpoint, adapter=made.adapters[0], runtimes=runtimes, **QUICK
     )
     assert report.passed, report.to_text()
+    skipped = [check.name for check in report.checks if check.passed is None and "not run" in check.detail]
+    assert skipped == (["onnxruntime+irq"] if "profile" in options else [])
+
+
+def test_a_library_that_could_do_nothing_is_refused(made: Made, tmp_path: Path) -> None:
+    to_onnx(made.checkpoint, tmp_path / "o", profile="stock")
+    with pytest.raises(UsageError, match="no nodes for our library"):
+        verify(tmp_path / "o", against=made.checkpoint, runtimes=["onnxruntime+irq"], **QUICK)
+
+
+def test_an_export_that_lacks_the_checkpoints_adapter(made: Made, tmp_path: Path) -> None:
+    """It is another model; that it is the base on purpose has to be said."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(made.checkpoint, checkpoint)
+    to_onnx(checkpoint, tmp_path / "o")
+    shutil.copytree(made.adapters[0], checkpoint / "adapter")
+    options = {"against": checkpoint, "runtimes": ["onnxruntime"], **QUICK}
+    with pytest.raises(UsageError, match="--no-adapter"):
+        verify(tmp_path / "o", **options)
+    assert verify(tmp_path / "o", no_adapter=True, **options).passed
 
 
 def test_adapters_given_and_found_must_be_the_same(made: Made) -> None:

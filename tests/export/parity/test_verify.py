@@ -429,9 +429,22 @@ def test_a_file_without_tokenizer_is_proved_on_random_tokens(tmp_path: Path) -> 
     report = verify(tmp_path / "m.gguf", **options)
     assert report.passed, report.to_text()
     assert sum(check.level == "logits" for check in report.checks) == 3
+    (tmp_path / "text.txt").write_text("a text")
+    with pytest.raises(UsageError, match="no tokenizer for a text"):
+        verify(tmp_path / "m.gguf", text=tmp_path / "text.txt", **options)
     save_tiny_tokenizer(tmp_path / "c")
     lost = verify(tmp_path / "m.gguf", **options)
     assert failed(lost) == {"tokenizer"}
+
+
+def test_a_second_adapter_is_not_passed_over(irq: Case, tmp_path: Path) -> None:
+    """The file has one inside; another beside it is never simply left out."""
+    to_gguf(irq.checkpoint, tmp_path / "m.gguf", adapter_dir=irq.adapter, separate_adapter=True)
+    options = {"against": irq.checkpoint, "adapter": irq.adapter, "positions": 8, "greedy": 0}
+    apart = verify(tmp_path / "m.gguf", adapter_gguf=tmp_path / "m.adapter.gguf", **options)
+    assert apart.passed, apart.to_text()
+    with pytest.raises(UsageError):
+        verify(irq.exported, adapter_gguf=tmp_path / "m.adapter.gguf", **options)
 
 
 def test_bad_calls_are_refused(irq: Case, tmp_path: Path) -> None:
