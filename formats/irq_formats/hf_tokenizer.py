@@ -16,6 +16,7 @@ __all__ = [
     "AddedToken",
     "added_tokens",
     "chat_templates",
+    "check_added_ids",
     "end_ids",
     "special_ids",
 ]
@@ -181,6 +182,36 @@ def added_tokens(tokenizer: Mapping[str, object], where: object) -> list[AddedTo
     return found
 
 
+def check_added_ids(tokenizer: Mapping[str, object], where: object) -> None:
+    """Check that added tokens have the ids under which Hugging Face's library will know them.
+
+    It ignores those in the file: a token that is in the vocabulary has its id there, any other the next one
+    behind the vocabulary and the added tokens so far.
+
+    Args:
+        tokenizer: The parsed ``tokenizer.json``.
+        where: Its path, for messages.
+
+    Raises:
+        MalformedFile: One has not.
+    """
+    ids = _vocabulary(tokenizer, where)
+    after = len(ids)
+    for token in added_tokens(tokenizer, where):
+        if not token.text:
+            continue
+        expected = ids.setdefault(token.text, after)
+        if expected != token.token_id:
+            raise MalformedFile(
+                f"the tokenizers library gives the added token {token.text!r} another id",
+                where=where,
+                expected=expected,
+                got=token.token_id,
+                hint="Ids of added tokens follow each other, without a gap",
+            )
+        after = max(after, expected + 1)
+
+
 def _list(value: object, where: str) -> list[object]:
     if value is None:
         return []
@@ -191,6 +222,11 @@ def _list(value: object, where: str) -> list[object]:
 
 def _ids(tokenizer: Mapping[str, object], where: object) -> dict[str, int]:
     """Return text to id of vocabulary and added tokens."""
+    added = {token.text: token.token_id for token in added_tokens(tokenizer, where)}
+    return _vocabulary(tokenizer, where) | added
+
+
+def _vocabulary(tokenizer: Mapping[str, object], where: object) -> dict[str, int]:
     model = tokenizer.get("model")
     vocab = model.get("vocab") if isinstance(model, Mapping) else None
     if isinstance(vocab, list):  # Unigram: [text, score] in order of ids
@@ -200,7 +236,7 @@ def _ids(tokenizer: Mapping[str, object], where: object) -> dict[str, int]:
     ids = dict(vocab) if isinstance(vocab, Mapping) else {}
     if not all(type(token_id) is int for token_id in ids.values()):
         raise MalformedFile("the vocabulary does not map text to ids", where=f"{where}: model.vocab")
-    return ids | {token.text: token.token_id for token in added_tokens(tokenizer, where)}
+    return ids
 
 
 def _ends(value: object) -> list[int]:

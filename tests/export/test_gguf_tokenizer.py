@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -315,9 +317,44 @@ def test_padding_does_not_repeat_a_token(tmp_path):
     tokens = read_tokenizer(tmp_path, VOCAB_SIZE, stock=True).values["tokenizer.ggml.tokens"].value
     assert tokens[-1] == f"[[PAD{VOCAB_SIZE - 1}]"
     assert len(set(tokens)) == VOCAB_SIZE
-    _edit(tmp_path, lambda t: t["added_tokens"][-1].update(content="Ġthe"))
-    with pytest.raises(UnsupportedModel, match="of the same text"):
-        read_tokenizer(tmp_path, VOCAB_SIZE, stock=True)
+
+
+def _as_the_library(tokenizer):
+    library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer))
+    return all(library.token_to_id(token["content"]) == token["id"] for token in tokenizer["added_tokens"])
+
+
+def test_ids_that_the_library_ignores_are_refused(tmp_path):
+    """Changes of ids at random, and gaps: what is accepted has the ids it has in Hugging Face's library."""
+    save_tiny_tokenizer(tmp_path)
+    _edit(tmp_path, lambda t: _add(t, "<0>", "<1>", "<2>"))
+    text = (tmp_path / "tokenizer.json").read_text()
+    rng = random.Random(0)
+    accepted = 0
+    for _ in range(100):
+        tokenizer = json.loads(text)
+        token = rng.choice(tokenizer["added_tokens"])
+        change = rng.choice(
+            ["leave out", "swap", "move", "of the vocabulary", "out of the vocabulary", "nothing"]
+        )
+        if change == "leave out":
+            tokenizer["added_tokens"].remove(token)
+        elif change == "swap":
+            other = rng.choice(tokenizer["added_tokens"])
+            token["id"], other["id"] = other["id"], token["id"]
+        elif change == "move":
+            token["id"] += 1
+        elif change == "of the vocabulary":
+            token["content"] = "Ġthe"
+        elif change == "out of the vocabulary":
+            tokenizer["model"]["vocab"].pop(token["content"], None)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+        expected = _as_the_library(tokenizer)
+        for stock in (True, False):
+            with nullcontext() if expected else pytest.raises(MalformedFile, match=r"another id|share an id"):
+                read_tokenizer(tmp_path, VOCAB_SIZE, stock=stock)
+        accepted += expected
+    assert 20 < accepted < 80
 
 
 def test_a_token_without_a_row_is_for_stock_files_only(tmp_path):

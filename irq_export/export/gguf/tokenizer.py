@@ -24,7 +24,7 @@ from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.files import read_small
 from irq_formats.gguf import BOOL, F32, I32, STR, U32, GgufValue
 from irq_formats.gguf.rules import key_fault
-from irq_formats.hf_tokenizer import END_TOKENS_KEY, chat_templates, end_ids, special_ids
+from irq_formats.hf_tokenizer import END_TOKENS_KEY, chat_templates, check_added_ids, end_ids, special_ids
 from irq_formats.strict_json import parse_object
 
 __all__ = ["TokenizerMetadata", "read_tokenizer"]
@@ -80,6 +80,7 @@ def read_tokenizer(
     values: dict[str, GgufValue] = {}
     notes: list[str] = []
     special = special_ids(directory, tokenizer)
+    check_added_ids(tokenizer, path)
     try:
         check_added_tokens(tokenizer, path)
         values |= _vocabulary_values(tokenizer, vocab_size, path, pre_tokenizer)

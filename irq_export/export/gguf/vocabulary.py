@@ -148,13 +148,7 @@ def _tokens(
             )
         tokens[token_id] = text
         types[token_id] = kind
-    given = {token: i for i, token in enumerate(tokens) if token is not None}
-    if twins := [i for i, token in enumerate(tokens) if token is not None and given[token] != i]:
-        raise UnsupportedModel(
-            "llama.cpp cannot tell tokens of the same text apart",
-            where=where,
-            got=f"{tokens[twins[0]]!r}: {twins[0]} and {given[str(tokens[twins[0]])]}",
-        )
+    given = set(tokens)
     types[[token is None for token in tokens]] = TokenType.UNUSED
     prefix = "[PAD"
     while any(f"{prefix}{i}]" in given for i, token in enumerate(tokens) if token is None):
