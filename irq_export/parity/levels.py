@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from irq_export.parity.metadata import tokenizer_keys_check
 from irq_export.parity.report import Check
 from irq_export.parity.runtimes import LlamaCppRuntime, Runtime
 from irq_export.parity.target import Target
-from irq_export.parity.tokenizers import CHATS, TrainedTokenizer, tokens_check
+from irq_export.parity.tokenizers import CHATS, Sample, TrainedTokenizer, tokens_check
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import IrqError
 from irq_formats.files import read_small
@@ -37,6 +38,7 @@ def tokenizer_level(target: Target, checkpoint: Checkpoint, llama: LlamaCppRunti
     trained, ours = TrainedTokenizer(checkpoint.path), load_tokenizer(target.gguf)
     samples = trained.samples()
     yield tokens_check("file", samples, ours.encode)
+    yield from _auto_tokenizer(checkpoint, samples)
     decoded = [ours.decode(one.tokens) == trained.decode(one.tokens) for one in samples]
     yield Check("tokenizer", "decoding", all(decoded), f"{sum(decoded)} of {len(decoded)} lines equal")
     if llama is not None:
@@ -45,6 +47,24 @@ def tokenizer_level(target: Target, checkpoint: Checkpoint, llama: LlamaCppRunti
     yield _same_ends(checkpoint, trained, ours)
     if trained.has_template:
         yield _same_template(trained, ours)
+
+
+def _auto_tokenizer(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Iterator[Check]:
+    """Report where transformers reads the tokenizer otherwise: adapters of others learn on that."""
+    from transformers import AutoTokenizer
+
+    try:
+        auto = AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
+    except Exception:  # noqa: BLE001  it raises whatever comes up; nothing depends on it
+        return
+    check = tokens_check(
+        "AutoTokenizer",
+        samples,
+        lambda text, add_special: auto(text, add_special_tokens=add_special, verbose=False)["input_ids"],
+    )
+    if not check.passed:
+        detail = f"{check.detail}: an adapter that was trained elsewhere has learnt other tokens"
+        yield replace(check, passed=None, detail=detail)
 
 
 def _same_ends(checkpoint: Checkpoint, trained: TrainedTokenizer, ours: Tokenizer) -> Check:

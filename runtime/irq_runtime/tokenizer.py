@@ -15,7 +15,7 @@ import tokenizers
 
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.fields import Fields
-from irq_formats.files import open_fixed
+from irq_formats.files import read_small
 from irq_formats.gguf import GgufFile
 from irq_formats.hf_tokenizer import END_TOKENS_KEY, chat_templates, end_ids, special_ids
 from irq_formats.strict_json import parse_object
@@ -24,6 +24,7 @@ __all__ = ["Tokenizer", "load_tokenizer"]
 
 _JSON = "tokenizer.huggingface.json"
 _TEMPLATE = "tokenizer.chat_template"
+_MOST_BYTES = 256 << 20  # more than any tokenizer.json has
 
 
 class Tokenizer:
@@ -167,9 +168,9 @@ def load_tokenizer(gguf: GgufFile, source: str | Path | None = None) -> Tokenize
 
 def _read_source(path: Path) -> dict[str, object]:
     """Return what a ``tokenizer.json`` or a Hugging Face directory says, as metadata of a GGUF."""
-    file = open_fixed(path / "tokenizer.json" if path.is_dir() else path)
-    data = file.read_bytes(0, file.size)
-    document = parse_object(data, where=file.path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    data = read_small(file, limit=_MOST_BYTES)
+    document = parse_object(data, where=file)
     values: dict[str, object] = {_JSON: data.decode()}
     if path.is_dir():
         values |= {f"tokenizer.ggml.{key}": token for key, token in special_ids(path, document).items()}

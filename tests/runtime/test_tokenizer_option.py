@@ -116,6 +116,12 @@ class TestSource:
         tokenizer = load_tokenizer(open_gguf(hub), tmp_path)
         assert (tokenizer.bos, tokenizer.stop_tokens, tokenizer.chat_template) == (2, (1, 5), "mine")
 
+    def test_an_absurd_file_is_refused_unread(self, hub: Path, tmp_path: Path) -> None:
+        with (tmp_path / "tokenizer.json").open("wb") as file:
+            file.truncate(1 << 36)
+        with pytest.raises(MalformedFile, match="too large"):
+            load_tokenizer(open_gguf(hub), tmp_path)
+
     def test_the_hint_names_it(self, hub: Path) -> None:
         with pytest.raises(UnsupportedModel, match="--tokenizer"):
             load_tokenizer(open_gguf(hub))

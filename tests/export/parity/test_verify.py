@@ -273,6 +273,19 @@ def test_every_added_token_is_encoded(irq: Case) -> None:
     assert [sample.text for sample in trained.samples() if not sample.add_special] == chats
 
 
+def test_tokens_of_transformers_that_no_file_has_are_told(tmp_path: Path) -> None:
+    """For LlamaTokenizer transformers 5 rebuilds the splitter: adapters trained elsewhere learn on that."""
+    write_tiny_checkpoint(tmp_path / "c", vocab_size=VOCAB_SIZE)
+    save_tiny_tokenizer(tmp_path / "c", "sentencepiece")
+    plain_end_token(tmp_path / "c", tokenizer_class="LlamaTokenizer")
+    to_gguf(tmp_path / "c", tmp_path / "m.gguf")
+    report = verify(tmp_path / "m.gguf", against=tmp_path / "c", runtimes=["native"], positions=8, greedy=0)
+    assert report.passed, report.to_text()
+    [check] = [check for check in report.checks if check.name == "AutoTokenizer against checkpoint"]
+    assert check.passed is None
+    assert "trained elsewhere" in check.detail
+
+
 def test_a_template_that_refuses_all_proves_nothing(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path / "c", vocab_size=VOCAB_SIZE)
     save_tiny_tokenizer(tmp_path / "c", chat_template="{{ raise_exception('no') }}")
@@ -284,10 +297,10 @@ def test_a_template_that_refuses_all_proves_nothing(tmp_path: Path) -> None:
     assert check.passed is None
 
 
-def plain_end_token(checkpoint: Path) -> None:
+def plain_end_token(checkpoint: Path, **more: str) -> None:
     """transformers 5 takes no special token as a table."""
     settings = checkpoint / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "</s>"}))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "</s>", **more}))
 
 
 def test_logits_that_are_not_numbers_fail(pair: Case, tmp_path: Path) -> None:
