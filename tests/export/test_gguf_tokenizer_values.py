@@ -171,6 +171,23 @@ def test_modelfile_says_only_what_is_known():
         assert "ADAPTER" not in unknown
 
 
+def test_modelfile_has_the_system_message_of_the_template():
+    """As SmolLM2 and Qwen2.5 have it; BOS may be the token with which a message begins."""
+    said = "You are {{ 'a' }} helpful\nassistant"
+    own = "{% if messages[0].role != 'system' %}<|im_start|>system\n" + said + "<|im_end|>\n{% endif %}"
+    for bos in ("<|im_start|>", "<s>", ""):
+        written = modelfile("base.gguf", None, own + CHATML, bos)
+        assert 'TEMPLATE """{{- range .Messages }}<|im_start|>' in written
+        assert written.endswith('SYSTEM """You are a helpful\nassistant"""\n')
+        assert "SYSTEM" not in modelfile("base.gguf", None, CHATML, bos)
+    for other in (
+        own.replace("<|im_end|>", ""),
+        own.replace("system\n", "user\n"),
+        own.replace("You", '"""'),
+    ):
+        assert "# TEMPLATE: left to Ollama" in modelfile("base.gguf", None, other + CHATML, "<s>")
+
+
 @pytest.mark.parametrize(
     "endless",
     [

@@ -2,7 +2,8 @@
 
 Ollama has templates of its own (Go's ``text/template``) and recognises some jinja templates inside a
 GGUF. A TEMPLATE is written only where the checkpoint's chat template renders exactly what one of the two
-formats below renders; otherwise a comment says that it is left to Ollama. The template is the checkpoint's,
+formats below renders, with a SYSTEM where it says something of its own to a conversation without a system
+message; otherwise a comment says that it is left to Ollama. The template is the checkpoint's,
 so it is rendered in a process of its own, with little time and memory.
 """
 
@@ -30,7 +31,8 @@ json.dump(render_template(given["template"], given["variables"]), sys.stdout)
 """
 _RENDER_SECONDS = 60  # on a machine that is busy
 
-_CHAT = (("system", "Be brief."), ("user", "Hi {there}"), ("assistant", "Hello."), ("user", "2 + 2?"))
+_Chat = tuple[tuple[str, str], ...]
+_CHAT: _Chat = (("system", "Be brief."), ("user", "Hi {there}"), ("assistant", "Hello."), ("user", "2 + 2?"))
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ class _Format:
     message: str
     opening: str
     go: str
+
+    @property
+    def mark(self) -> str:
+        """Return the token with which a message begins."""
+        return self.message.partition("{")[0]
+
+    def text(self, chat: _Chat) -> str:
+        """Return a conversation and the opening of the reply."""
+        return "".join(self.message.format(role=role, content=text) for role, text in chat) + self.opening
 
 
 _CHATML = _Format(
@@ -79,7 +90,10 @@ def modelfile(base_name: str, adapter_name: str | None, chat_template: str | Non
         ]
     found = _recognise(chat_template, bos) if chat_template else None
     if found:
-        lines.append(f'TEMPLATE """{found.go}"""')
+        known, system = found
+        lines.append(f'TEMPLATE """{known.go}"""')
+        if system:
+            lines.append(f'SYSTEM """{system}"""')
     elif chat_template:
         lines.append("# TEMPLATE: left to Ollama, which reads tokenizer.chat_template from the file.")
     else:
@@ -87,22 +101,43 @@ def modelfile(base_name: str, adapter_name: str | None, chat_template: str | Non
     return "\n".join(lines) + "\n"
 
 
-def _recognise(template: str, bos: str) -> _Format | None:
-    """Return the format that renders a conversation exactly as the template does."""
-    if not any(known.opening[: known.opening.index(">")] in template for known in (_CHATML, _LLAMA3)):
-        return None  # other formats need not be rendered
-    messages = [{"role": role, "content": content} for role, content in _CHAT]
-    variables = {"messages": messages, "add_generation_prompt": True, "bos_token": bos, "eos_token": ""}
-    rendered = _render(template, variables)
-    for known in (_CHATML, _LLAMA3):
-        text = "".join(known.message.format(**message) for message in messages) + known.opening
-        if rendered is not None and rendered.removeprefix(bos) == text:
-            return known
-    return None
+def _recognise(template: str, bos: str) -> tuple[_Format, str] | None:
+    """Return the format that renders conversations exactly as the template does, and its system message.
+
+    That is what the template says to a conversation without one; often nothing.
+    """
+    known = next((one for one in (_CHATML, _LLAMA3) if one.mark in template), None)
+    if known is None or "strftime_now" in template:
+        return None  # other formats need not be rendered; what changes by the day cannot be written down
+    whole, rest = _render(template, bos, _CHAT), _render(template, bos, _CHAT[1:])
+    start = _between(whole, "", known.text(_CHAT))
+    if start not in ("", bos):
+        return None
+    said = _between(rest, start, known.text(_CHAT[1:]))
+    if not said:
+        return None if said is None else (known, "")
+    before, _, after = known.message.replace("{role}", "system").partition("{content}")
+    system = _between(said, before, after)
+    return None if system is None or '"""' in system else (known, system)
 
 
-def _render(template: str, variables: dict[str, object]) -> str | None:
+def _between(text: str | None, before: str, after: str) -> str | None:
+    """Return what stands between two texts; None if that is not how it begins and ends."""
+    if text is None or len(text) < len(before) + len(after):
+        return None
+    if not text.startswith(before) or not text.endswith(after):
+        return None
+    return text[len(before) : len(text) - len(after)]
+
+
+def _render(template: str, bos: str, chat: _Chat) -> str | None:
     """Render a template in a process of its own; return None if it fails, or takes too much."""
+    variables = {
+        "messages": [{"role": role, "content": content} for role, content in chat],
+        "add_generation_prompt": True,
+        "bos_token": bos,
+        "eos_token": "",
+    }
     try:
         done = subprocess.run(
             [sys.executable, "-c", _RENDER],
