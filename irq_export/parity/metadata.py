@@ -13,6 +13,7 @@ import numpy as np
 
 from irq_export.export.gguf.irq_profile import irq_files
 from irq_export.export.gguf.merged import merged_tensors
+from irq_export.export.gguf.modelfile import MODELFILE_NAME, modelfile
 from irq_export.export.gguf.plan import PlannedFile
 from irq_export.export.gguf.stock_profile import rope_tensors, stock_files, stock_header
 from irq_export.export.gguf.tokenizer import read_tokenizer
@@ -21,14 +22,17 @@ from irq_export.parity.target import Target
 from irq_formats.adapter import Adapter
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import IrqError, UnsupportedModel
+from irq_formats.files import read_small
 from irq_formats.gguf import GgmlType, GgufFile, GgufValue, open_gguf
 from irq_formats.names import hf_to_gguf
 
-__all__ = ["metadata_check", "tokenizer_keys_check"]
+__all__ = ["metadata_check", "modelfile_check", "tokenizer_keys_check"]
 
 _GATE = "as to-gguf writes it"
 _TOKENIZER = "tokenizer."
 _PRE_TOKENIZER = "tokenizer.ggml.pre"
+_MOST_MODELFILE_BYTES = 1 << 20  # ours have hundreds
+_NAMING = ("FROM ", "ADAPTER ", "TEMPLATE ")  # instructions that say what runs
 _FREE = ("general.", "split.")  # names and licences; shards of one file
 
 
@@ -73,6 +77,29 @@ def tokenizer_keys_check(target: Target, checkpoint: Checkpoint, *, encodes: boo
         wrong.remove(_PRE_TOKENIZER)
     detail = _some(wrong) if wrong else f"{len(expected)} keys equal"
     return Check("tokenizer", "keys", not wrong, detail, {"different": wrong}, _GATE)
+
+
+def modelfile_check(target: Target) -> Check:
+    """Compare the Modelfile beside a pair with what to-gguf writes; settings may follow, but no other model.
+
+    Without its ADAPTER Ollama would run the base, which is another model.
+    """
+    path = target.model.with_name(MODELFILE_NAME)
+    gguf, adapter = target.gguf, target.adapter
+    tokens, bos = (gguf.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "bos_token_id"))
+    is_listed = isinstance(tokens, list) and isinstance(bos, int) and bos < len(tokens)
+    template = gguf.metadata.get("tokenizer.chat_template")
+    expected = modelfile(
+        target.model.name,
+        None if adapter is None else adapter.name,
+        template if isinstance(template, str) else None,
+        tokens[bos] if is_listed else "",  # type: ignore[index]
+    )
+    found = read_small(path, limit=_MOST_MODELFILE_BYTES).decode(errors="replace")
+    added = found.removeprefix(expected).splitlines()
+    is_same = found.startswith(expected) and not any(line.upper().startswith(_NAMING) for line in added)
+    detail = f"{len(added)} lines added" if is_same else "names another model, adapter or template"
+    return Check("container", MODELFILE_NAME, is_same, detail, gate="begins as to-gguf writes it")
 
 
 def _planned(target: Target, checkpoint: Checkpoint, adapter: Adapter) -> list[PlannedFile]:

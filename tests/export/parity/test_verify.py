@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -219,6 +220,28 @@ def test_a_changed_key_of_a_pair_fails(
         greedy=0,
     )
     assert {check.name for check in report.checks if check.passed is False} == checks, report.to_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "passed"),
+    [
+        (lambda text: text + "PARAMETER temperature 0\nSYSTEM Be brief.\n", True),
+        (lambda text: text.replace("ADAPTER ./adapter.gguf\n", ""), False),
+        (lambda text: text.replace("FROM ./base.gguf", "FROM llama3"), False),
+        (lambda text: text + "template x\n", False),
+    ],
+)
+def test_a_modelfile_that_names_another_model_fails(
+    pair: Case, tmp_path: Path, change: Callable[[str], str], passed: bool
+) -> None:
+    shutil.copytree(pair.exported, tmp_path / "pair")
+    file = tmp_path / "pair" / "Modelfile"
+    file.write_text(change(file.read_text()))
+    options = {"adapter": pair.adapter, "runtimes": ["reference"], "positions": 8, "greedy": 0}
+    report = verify(tmp_path / "pair", against=pair.checkpoint, **options)
+    wrong = {check.name for check in report.checks if check.passed is False}
+    assert wrong == (set() if passed else {"Modelfile"})
+    assert any(check.name == "Modelfile" for check in report.checks)
 
 
 @pytest.mark.parametrize("merge", ["bf16", "f32"])
