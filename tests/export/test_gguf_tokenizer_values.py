@@ -180,7 +180,9 @@ def test_modelfile_has_the_system_message_of_the_template():
         assert 'TEMPLATE """{{- range .Messages }}<|im_start|>' in written
         assert written.endswith('SYSTEM """You are a helpful\nassistant"""\n')
         assert "SYSTEM" not in modelfile("base.gguf", None, CHATML, bos)
+    dated = own.replace("helpful", "{{ strftime_now('%d %b') }}")
     for other in (
+        dated,
         own.replace("<|im_end|>", ""),
         own.replace("system\n", "user\n"),
         own.replace("You", '"""'),
