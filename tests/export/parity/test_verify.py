@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import jsonschema
@@ -16,53 +13,18 @@ import pytest
 from click.testing import CliRunner
 from tiny_checkpoints import write_tiny_checkpoint
 from tiny_tokenizers import VOCAB_SIZE, save_tiny_tokenizer
+from verified import Case, failed, plain_end_token
 
 from irq_export.cli import main
 from irq_export.export.gguf import to_gguf
-from irq_export.iec import random_adapter
 from irq_export.parity.metrics import compare, log_softmax
 from irq_export.parity.report import Check, ParityReport
-from irq_export.parity.tokenizers import CHATS, Sample, TrainedTokenizer
 from irq_export.parity.verify import verify
 from irq_export.quantize_model import quantize
-from irq_export.quantizer import load_model
-from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError, WrongBase
-from irq_formats.gguf import STR, U32, GgufValue, TensorSource, open_gguf, write_gguf
-from irq_formats.manifest import write_manifest
-from irq_formats.peft_adapter import write_peft_adapter
+from irq_formats.gguf import open_gguf
 
 QUICK = {"positions": 40, "greedy": 6}
-
-
-class Case(NamedTuple):
-    checkpoint: Path
-    adapter: Path
-    exported: Path
-
-
-def make(repo: Path, work: Path, codebook: str, profile: str) -> Case:
-    checkpoint, adapter_dir = work / "checkpoint", work / "adapter"
-    quantize(repo / "irq_export" / "demo_model", checkpoint, codebook=codebook, refine="none", tie="first")
-    adapter = random_adapter(load_model(checkpoint), seed=1, base_hash=open_checkpoint(checkpoint).base_hash)
-    write_peft_adapter(adapter_dir, adapter, base_model_name=str(checkpoint))
-    exported = work / ("model.gguf" if profile == "irq" else "pair")
-    to_gguf(checkpoint, exported, profile=profile, adapter_dir=adapter_dir)
-    return Case(checkpoint, adapter_dir, exported)
-
-
-@pytest.fixture(scope="module")
-def irq(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make(repo, tmp_path_factory.mktemp("irq"), "nf4", "irq")
-
-
-@pytest.fixture(scope="module")
-def pair(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make(repo, tmp_path_factory.mktemp("pair"), "int4", "stock")
-
-
-def failed(report: ParityReport) -> set[str]:
-    return {check.level for check in report.checks if check.passed is False}
 
 
 def test_our_file_is_proved(irq: Case, repo: Path) -> None:
@@ -153,177 +115,6 @@ def test_one_changed_byte_fails(irq: Case, tmp_path: Path, name: str) -> None:
         file.write(bytes([byte ^ 0x10]))
     report = verify(broken, against=irq.checkpoint, adapter=irq.adapter, runtimes=["reference"], **QUICK)
     assert "tensors" in failed(report)
-
-
-def rewritten(source: Path, target: Path, change: dict[str, GgufValue | None]) -> Path:
-    """Copy a GGUF file with some keys set, or taken out."""
-    gguf = open_gguf(source)
-    values = {key: value for key, value in {**gguf.values, **change}.items() if value is not None}
-    sources = [
-        TensorSource(t.name, t.shape, t.type, partial(gguf.read, t.name)) for t in gguf.tensors.values()
-    ]
-    write_gguf(target, values, sources)
-    return target
-
-
-@pytest.mark.parametrize(
-    ("change", "checks"),
-    [
-        ({"tokenizer.ggml.eos_token_id": U32(77)}, {"keys", "end tokens", "chat template"}),
-        (
-            {"tokenizer.ggml.bos_token_id": U32(77)},
-            {"keys", "chat template", "file against checkpoint"},
-        ),
-        ({"tokenizer.ggml.add_bos_token": None}, {"keys"}),
-        ({"tokenizer.ggml.tokens": None}, {"keys"}),
-        ({"tokenizer.ggml.eot_token_id": U32(5)}, {"keys", "end tokens"}),
-        ({"tokenizer.chat_template.rag": STR("x")}, {"keys"}),
-        ({"irq.model.max_position_embeddings": U32(100000)}, {"metadata"}),
-        ({"irq.adapter.base_hash": None}, {"metadata"}),
-        ({"irq.more": U32(1)}, {"metadata"}),
-        ({"general.name": STR("Ours"), "general.license": STR("MIT")}, set()),
-    ],
-)
-def test_a_changed_key_fails(
-    irq: Case, tmp_path: Path, change: dict[str, GgufValue | None], checks: set[str]
-) -> None:
-    """The arrays, the logits and the tokens of texts are right; what is wrong stands beside them."""
-    file = rewritten(irq.exported, tmp_path / "model.gguf", change)
-    report = verify(
-        file, against=irq.checkpoint, adapter=irq.adapter, runtimes=["reference"], positions=8, greedy=0
-    )
-    assert {check.name for check in report.checks if check.passed is False} == checks, report.to_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "checks"),
-    [
-        ("base.gguf", {"llama.context_length": U32(100000)}, {"metadata"}),
-        ("base.gguf", {"llama.attention.sliding_window": U32(4)}, {"metadata"}),
-        ("base.gguf", {"tokenizer.ggml.eos_token_id": None}, {"keys", "end tokens", "chat template"}),
-        ("base.gguf", {"tokenizer.ggml.pre": STR("llama-bpe")}, {"keys"}),
-        ("adapter.gguf", {"adapter.alora.invocation_tokens": U32.array([5])}, {"metadata"}),
-    ],
-)
-def test_a_changed_key_of_a_pair_fails(
-    pair: Case, tmp_path: Path, name: str, change: dict[str, GgufValue | None], checks: set[str]
-) -> None:
-    shutil.copytree(pair.exported, tmp_path / "pair")
-    (tmp_path / "pair" / name).unlink()
-    rewritten(pair.exported / name, tmp_path / "pair" / name, change)
-    report = verify(
-        tmp_path / "pair",
-        against=pair.checkpoint,
-        adapter=pair.adapter,
-        runtimes=["reference"],
-        positions=8,
-        greedy=0,
-    )
-    assert {check.name for check in report.checks if check.passed is False} == checks, report.to_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "passed"),
-    [
-        (lambda text: text + "PARAMETER temperature 0\nSYSTEM Be brief.\n", True),
-        (lambda text: text.replace("ADAPTER ./adapter.gguf\n", ""), False),
-        (lambda text: text.replace("FROM ./base.gguf", "FROM llama3"), False),
-        (lambda text: text + "template x\n", False),
-    ],
-)
-def test_a_modelfile_that_names_another_model_fails(
-    pair: Case, tmp_path: Path, change: Callable[[str], str], passed: bool
-) -> None:
-    shutil.copytree(pair.exported, tmp_path / "pair")
-    file = tmp_path / "pair" / "Modelfile"
-    file.write_text(change(file.read_text()))
-    options = {"adapter": pair.adapter, "runtimes": ["reference"], "positions": 8, "greedy": 0}
-    report = verify(tmp_path / "pair", against=pair.checkpoint, **options)
-    wrong = {check.name for check in report.checks if check.passed is False}
-    assert wrong == (set() if passed else {"Modelfile"})
-    assert any(check.name == "Modelfile" for check in report.checks)
-
-
-@pytest.mark.parametrize("merge", ["bf16", "f32"])
-def test_merged_files_and_decoded_pairs_have_their_own_keys(irq: Case, tmp_path: Path, merge: str) -> None:
-    options = {"merge": "bf16"} if merge == "bf16" else {"profile": "stock", "nf_type": "bf16"}
-    to_gguf(irq.checkpoint, tmp_path / "x", adapter_dir=irq.adapter, **options)
-    report = verify(
-        tmp_path / "x",
-        against=irq.checkpoint,
-        adapter=irq.adapter,
-        runtimes=["native"],
-        positions=8,
-        greedy=0,
-    )
-    assert report.passed, report.to_text()
-
-
-def test_added_tokens_and_conversations_are_encoded(pair: Case, tmp_path: Path) -> None:
-    """A token that takes the spaces behind it with it: only texts that hold it can show that."""
-    other = tmp_path / "checkpoint"
-    shutil.copytree(pair.checkpoint, other)
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    tokenizer["added_tokens"][-1]["rstrip"] = True
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    write_manifest(other, json.loads((other / "manifest.json").read_text())["extra"])
-    report = verify(
-        pair.exported,
-        against=other,
-        adapter=pair.adapter,
-        runtimes=["llama.cpp"],
-        positions=8,
-        greedy=0,
-    )
-    wrong = {check.name: check for check in report.checks if check.passed is False}
-    assert {"file against checkpoint", "llama.cpp against checkpoint"} <= wrong.keys(), report.to_text()
-    token = tokenizer["added_tokens"][-1]["content"]
-    assert all(token in sample.text for sample in wrong_samples(other, wrong["file against checkpoint"]))
-
-
-def wrong_samples(checkpoint: Path, check: Check) -> list[Sample]:
-    samples = TrainedTokenizer(checkpoint).samples()
-    return [samples[i] for i in check.values["different_lines"]]
-
-
-def test_every_added_token_is_encoded(irq: Case) -> None:
-    trained = TrainedTokenizer(irq.checkpoint)
-    seen = {token for sample in trained.samples() for token in sample.tokens}
-    document = json.loads((irq.checkpoint / "tokenizer.json").read_text())
-    assert document["added_tokens"]
-    assert {token["id"] for token in document["added_tokens"]} <= seen
-    chats = [trained.render(chat) for chat in CHATS]
-    assert [sample.text for sample in trained.samples() if not sample.add_special] == chats
-
-
-def test_tokens_of_transformers_that_no_file_has_are_told(tmp_path: Path) -> None:
-    """For LlamaTokenizer transformers 5 rebuilds the splitter: adapters trained elsewhere learn on that."""
-    write_tiny_checkpoint(tmp_path / "c", vocab_size=VOCAB_SIZE)
-    save_tiny_tokenizer(tmp_path / "c", "sentencepiece")
-    plain_end_token(tmp_path / "c", tokenizer_class="LlamaTokenizer")
-    to_gguf(tmp_path / "c", tmp_path / "m.gguf")
-    report = verify(tmp_path / "m.gguf", against=tmp_path / "c", runtimes=["native"], positions=8, greedy=0)
-    assert report.passed, report.to_text()
-    [check] = [check for check in report.checks if check.name == "AutoTokenizer against checkpoint"]
-    assert check.passed is None
-    assert "trained elsewhere" in check.detail
-
-
-def test_a_template_that_refuses_all_proves_nothing(tmp_path: Path) -> None:
-    write_tiny_checkpoint(tmp_path / "c", vocab_size=VOCAB_SIZE)
-    save_tiny_tokenizer(tmp_path / "c", chat_template="{{ raise_exception('no') }}")
-    plain_end_token(tmp_path / "c")
-    to_gguf(tmp_path / "c", tmp_path / "m.gguf")
-    report = verify(tmp_path / "m.gguf", against=tmp_path / "c", runtimes=["native"], positions=8, greedy=0)
-    assert report.passed, report.to_text()
-    [check] = [check for check in report.checks if check.name == "chat template"]
-    assert check.passed is None
-
-
-def plain_end_token(checkpoint: Path, **more: str) -> None:
-    """transformers 5 takes no special token as a table."""
-    settings = checkpoint / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "</s>", **more}))
 
 
 def test_logits_that_are_not_numbers_fail(pair: Case, tmp_path: Path) -> None:
