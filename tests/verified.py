@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,10 @@ from irq_export.parity.report import ParityReport
 from irq_export.quantize_model import quantize
 from irq_export.quantizer import load_model
 from irq_formats.checkpoint import open_checkpoint
+from irq_formats.gguf import GgufValue, TensorSource, open_gguf, write_gguf
 from irq_formats.peft_adapter import write_peft_adapter
 
-__all__ = ["Case", "failed", "make", "plain_end_token"]
+__all__ = ["Case", "failed", "make", "plain_end_token", "rewritten"]
 
 
 class Case(NamedTuple):
@@ -41,3 +43,14 @@ def plain_end_token(checkpoint: Path, **more: str) -> None:
     """transformers 5 takes no special token as a table."""
     settings = checkpoint / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": "</s>", **more}))
+
+
+def rewritten(source: Path, target: Path, change: dict[str, GgufValue | None]) -> Path:
+    """Copy a GGUF file with some keys set, or taken out."""
+    gguf = open_gguf(source)
+    values = {key: value for key, value in {**gguf.values, **change}.items() if value is not None}
+    sources = [
+        TensorSource(t.name, t.shape, t.type, partial(gguf.read, t.name)) for t in gguf.tensors.values()
+    ]
+    write_gguf(target, values, sources)
+    return target

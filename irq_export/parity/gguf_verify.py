@@ -78,9 +78,11 @@ def gguf_checks(
     yield Check("container", target.model.name, True, f"{len(target.gguf.tensors)} tensors, well formed")
     tensors = list(tensor_level(target, checkpoint, source))
     yield from tensors
-    if target.is_half or not is_same_model(target.gguf, checkpoint):
+    if not is_same_model(target.gguf, checkpoint):
         return  # the tensor level has said so; there is nothing else to compare
     yield metadata_check(target, checkpoint, exported_adapter(target, source))
+    if target.is_half:
+        return  # no runtime opens it
     if path.is_dir() and (path / MODELFILE_NAME).is_file():
         yield modelfile_check(target)
     exact_weights = all(check.values.get("exact", True) for check in tensors)
@@ -142,7 +144,6 @@ def gguf_checks(
                 threads=threads,
                 exact_weights=exact_weights,
                 noise=noise,
-                alone=llama is None and "reference" not in runtimes,
             )
 
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_checkpoints import write_tiny_checkpoint
 from tiny_tokenizers import VOCAB_SIZE, save_tiny_tokenizer
-from verified import Case, failed, plain_end_token
+from verified import Case, failed, plain_end_token, rewritten
 
 from irq_export.cli import main
 from irq_export.export.gguf import to_gguf
@@ -21,8 +21,9 @@ from irq_export.parity.metrics import compare, log_softmax
 from irq_export.parity.report import Check, ParityReport
 from irq_export.parity.verify import verify
 from irq_export.quantize_model import quantize
+from irq_formats.blocks import BlockSpec
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError, WrongBase
-from irq_formats.gguf import open_gguf
+from irq_formats.gguf import BOOL, open_gguf
 
 QUICK = {"positions": 40, "greedy": 6}
 
@@ -239,6 +240,18 @@ def test_what_no_runtime_runs_is_not_equal(irq: Case, monkeypatch: pytest.Monkey
     monkeypatch.setattr("irq_export.parity.native.NativeRuntime", refuse)
     assert failed(verify(irq.exported, runtimes=["native", "llama.cpp"], **options)) == {"logits"}
     assert verify(irq.exported, runtimes=["native", "reference"], **options).passed
+
+
+def test_a_base_that_says_it_is_half_is_not_equal(tmp_path: Path) -> None:
+    """Its arrays are whole (there are no offsets), but no runtime opens it."""
+    write_tiny_checkpoint(tmp_path / "c", BlockSpec("int4", tau="none"))
+    to_gguf(tmp_path / "c", tmp_path / "pair", profile="stock")
+    base = open_gguf(tmp_path / "pair" / "base.gguf")
+    names = base.values["irq.stock.name"].value
+    change = {"irq.stock.tau": BOOL.array([True] * len(names))}
+    rewritten(tmp_path / "pair" / "base.gguf", tmp_path / "m.gguf", change)
+    report = verify(tmp_path / "m.gguf", against=tmp_path / "c", runtimes=["native"], positions=8)
+    assert failed(report) == {"container"}
 
 
 def test_a_tokenizer_that_transformers_cannot_read_is_bad_input(tmp_path: Path) -> None:

@@ -5,31 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_checkpoints import write_tiny_checkpoint
 from tiny_tokenizers import VOCAB_SIZE, save_tiny_tokenizer
-from verified import Case, plain_end_token
+from verified import Case, plain_end_token, rewritten
 
 from irq_export.export.gguf import to_gguf
 from irq_export.parity.report import Check
 from irq_export.parity.tokenizers import CHATS, Sample, TrainedTokenizer
 from irq_export.parity.verify import verify
-from irq_formats.gguf import STR, U32, GgufValue, TensorSource, open_gguf, write_gguf
+from irq_formats.gguf import STR, U32, GgufValue
 from irq_formats.manifest import write_manifest
-
-
-def rewritten(source: Path, target: Path, change: dict[str, GgufValue | None]) -> Path:
-    """Copy a GGUF file with some keys set, or taken out."""
-    gguf = open_gguf(source)
-    values = {key: value for key, value in {**gguf.values, **change}.items() if value is not None}
-    sources = [
-        TensorSource(t.name, t.shape, t.type, partial(gguf.read, t.name)) for t in gguf.tensors.values()
-    ]
-    write_gguf(target, values, sources)
-    return target
 
 
 @pytest.mark.parametrize(
