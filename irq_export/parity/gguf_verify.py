@@ -101,7 +101,7 @@ def gguf_checks(
         if has_text:
             yield from tokenizer_level(target, checkpoint, llama)
         else:
-            yield tokenizer_keys_check(target, checkpoint, encodes=False)
+            yield tokenizer_keys_check(target, checkpoint)
         trained_adapter = source if source.layers else None
         if "reference" in runtimes:
             trained = TorchRuntime(checkpoint.path, trained_adapter, "float64")

@@ -43,7 +43,7 @@ def tokenizer_level(target: Target, checkpoint: Checkpoint, llama: LlamaCppRunti
     yield Check("tokenizer", "decoding", all(decoded), f"{sum(decoded)} of {len(decoded)} lines equal")
     if llama is not None:
         yield tokens_check("llama.cpp", samples, llama.tokenize)
-    yield tokenizer_keys_check(target, checkpoint, encodes=llama is not None)
+    yield tokenizer_keys_check(target, checkpoint)
     yield _same_ends(checkpoint, trained, ours)
     if trained.has_template:
         yield _same_template(trained, ours)

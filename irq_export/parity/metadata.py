@@ -58,14 +58,12 @@ def metadata_check(target: Target, checkpoint: Checkpoint, adapter: Adapter) -> 
     return Check("container", "metadata", not wrong, detail, {"different": wrong}, _GATE)
 
 
-def tokenizer_keys_check(target: Target, checkpoint: Checkpoint, *, encodes: bool) -> Check:
+def tokenizer_keys_check(target: Target, checkpoint: Checkpoint) -> Check:
     """Compare the ``tokenizer.*`` keys: vocabulary, special tokens, chat templates, ``tokenizer.json``.
 
     Args:
         target: The export.
         checkpoint: What it was made from.
-        encodes: Whether llama.cpp encodes texts with the file too: then that decides about the name of its
-            pre-tokenizer, of which several may be right.
     """
     found = {key: value for key, value in target.gguf.values.items() if key.startswith(_TOKENIZER)}
     try:
@@ -73,8 +71,6 @@ def tokenizer_keys_check(target: Target, checkpoint: Checkpoint, *, encodes: boo
     except IrqError as error:
         return Check("tokenizer", "keys", False, f"to-gguf writes no such file: {error}", gate=_GATE)
     wrong = _different_keys(found, expected)
-    if encodes and _PRE_TOKENIZER in wrong:
-        wrong.remove(_PRE_TOKENIZER)
     detail = _some(wrong) if wrong else f"{len(expected)} keys equal"
     return Check("tokenizer", "keys", not wrong, detail, {"different": wrong}, _GATE)
 
@@ -124,13 +120,15 @@ def _tokenizer_values(target: Target, checkpoint: Checkpoint) -> Mapping[str, Gg
     given = target.gguf.metadata.get(_PRE_TOKENIZER)
     if target.gguf.metadata.get("tokenizer.ggml.model") != "gpt2" or not isinstance(given, str):
         given = None
-    first = given if target.kind == "irq" else None  # there it is a courtesy, and its lack only a note
     try:
-        return _read_tokenizer(target, checkpoint, first)
+        values = _read_tokenizer(target, checkpoint, None)
     except UnsupportedModel:
         if given is None:
             raise
         return _read_tokenizer(target, checkpoint, given)
+    if given is not None and values["tokenizer.ggml.model"].value == "none":  # profile irq: only a note
+        return _read_tokenizer(target, checkpoint, given)
+    return values
 
 
 def _read_tokenizer(target: Target, checkpoint: Checkpoint, name: str | None) -> Mapping[str, GgufValue]:

@@ -1,7 +1,7 @@
 """The tokenizer as trained, and the texts on which every other one must agree with it.
 
-Texts are a fixed corpus, every added token of the model between letters, spaces and line ends (its flags
-decide what it takes with it), and conversations as its chat template writes them.
+Texts are a fixed corpus, what splitters treat differently, every added token of the model between letters,
+spaces and line ends (its flags decide what it takes with it), and conversations in its chat template.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ CHATS: tuple[list[dict[str, str]], ...] = (
         {"role": "user", "content": " And 2 + 3?\n"},
     ],
     [{"role": "user", "content": "Is 2 + 2 = 4?"}],
+)
+#: Where the splitters of llama.cpp differ: line ends, spaces, contractions, brackets, numerals.
+_HARD = (
+    "I'VE SEEN IT, we'LL GO, They'Re here: isn'T it? 'Tis ''s 'sample' 'd",
+    "one\n\ntwo\n\n\nthree\r\n\r\nfour \n five\n  six\n\tseven  \n\n  ",
+    'End.\nNext!\n\n(word) [word] {word} "word" _word_ #word $word ...word\n};\n\n\t}\n',
+    "a1b22c333d4444e55555 1234567 007 3.14159,2 v1.2.3-rc4 0b1010 1e-05",
+    "x\u00a0y \u00a0 z\u3000w \u2028v 東京1丁目２３ ٣٤٥٦ Ⅳ²½x дом's",
 )
 _TOKENS_A_LINE = 8
 
@@ -98,7 +106,7 @@ class TrainedTokenizer:
 
     def samples(self) -> list[Sample]:
         """Return all texts with their tokens."""
-        plain = [*corpus(), "\n".join(corpus()[:3]), *self._lines_of_added_tokens()]
+        plain = [*corpus(), "\n".join(corpus()[:3]), *_HARD, *self._lines_of_added_tokens()]
         texts = [(text, True) for text in plain] + [(chat, False) for chat in self._rendered()]
         return [
             Sample(text, add_special, tuple(self.encode(text, add_special=add_special)))

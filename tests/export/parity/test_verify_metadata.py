@@ -16,6 +16,7 @@ from irq_export.export.gguf import to_gguf
 from irq_export.parity.report import Check
 from irq_export.parity.tokenizers import CHATS, Sample, TrainedTokenizer
 from irq_export.parity.verify import verify
+from irq_formats.blocks import BlockSpec
 from irq_formats.gguf import STR, U32, GgufValue
 from irq_formats.manifest import write_manifest
 
@@ -30,6 +31,7 @@ from irq_formats.manifest import write_manifest
         ),
         ({"tokenizer.ggml.add_bos_token": None}, {"keys"}),
         ({"tokenizer.ggml.tokens": None}, {"keys"}),
+        ({"tokenizer.ggml.pre": STR("llama-bpe")}, {"keys"}),
         ({"tokenizer.ggml.eot_token_id": U32(5)}, {"keys", "end tokens"}),
         ({"tokenizer.chat_template.rag": STR("x")}, {"keys"}),
         ({"irq.model.max_position_embeddings": U32(100000)}, {"metadata"}),
@@ -138,6 +140,25 @@ def test_added_tokens_and_conversations_are_encoded(pair: Case, tmp_path: Path) 
 def wrong_samples(checkpoint: Path, check: Check) -> list[Sample]:
     samples = TrainedTokenizer(checkpoint).samples()
     return [samples[i] for i in check.values["different_lines"]]
+
+
+@pytest.mark.parametrize("profile", ["irq", "stock"])
+def test_a_pre_tokenizer_that_was_given_is_taken(tmp_path: Path, profile: str) -> None:
+    """Nothing recognises it, so the file alone knows its name; llama.cpp's tokens decide."""
+    write_tiny_checkpoint(tmp_path / "c", BlockSpec("int4"), vocab_size=VOCAB_SIZE)
+    save_tiny_tokenizer(tmp_path / "c", "qwen2")
+    plain_end_token(tmp_path / "c")
+    path = tmp_path / "c" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x{99}"
+    path.write_text(json.dumps(tokenizer))
+    options = {"against": tmp_path / "c", "positions": 8, "greedy": 0}
+    to_gguf(tmp_path / "c", tmp_path / "right", profile=profile, pre_tokenizer="qwen2")
+    assert verify(tmp_path / "right", **options).passed
+    to_gguf(tmp_path / "c", tmp_path / "wrong", profile=profile, pre_tokenizer="gpt-2")
+    report = verify(tmp_path / "wrong", **options)
+    wrong = {check.name for check in report.checks if check.passed is False}
+    assert wrong == ({"llama.cpp against checkpoint"} if profile == "stock" else set())
 
 
 def test_every_added_token_is_encoded(irq: Case) -> None:
