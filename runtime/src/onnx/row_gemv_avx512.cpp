@@ -16,7 +16,9 @@ using Int = __m512i;
 constexpr std::size_t width = 16;
 constexpr std::size_t step_columns = 128, step_bytes = 64;  // one vector of codes
 constexpr std::size_t rows_at_once = 4;                     // they share the loads of x
-constexpr std::size_t least_ahead = 6144;                   // bytes; hardware prefetchers stop at page borders
+// One line of every page is asked for so early that its address is known when the others are: a mapped model has more
+// pages than a processor remembers.
+constexpr std::size_t page_bytes = 4096, pages_ahead = 32 * page_bytes;
 
 constexpr std::int32_t lane_numbers[width] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -24,11 +26,6 @@ constexpr std::int32_t lane_numbers[width] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 
 __mmask16 first(std::size_t n) { return static_cast<__mmask16>(n < width ? (1u << n) - 1 : 0xffffu); }
 
 std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
-
-// Inlined by force: GCC takes a function that only prefetches for one without effects. May lie outside of any array.
-[[gnu::always_inline]] inline void prefetch(const void *address, std::size_t ahead) {
-    __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<std::uintptr_t>(address) + ahead));
-}
 
 Vec load(const float *p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
 Vec load(const std::uint16_t *p, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p)); }
@@ -38,7 +35,7 @@ const float *nibble_levels(const Matrix &w) { return w.codebook == IRQ_NF4 ? irq
 std::size_t padded_columns(const Matrix &w) { return round_up(w.columns, step_columns); }
 
 // From codes to those to ask memory for.
-std::size_t bytes_ahead(const Matrix &w) { return std::max(least_ahead, rows_at_once * w.columns / 2); }
+std::size_t bytes_ahead(const Matrix &w) { return std::max(codes_ahead, rows_at_once * w.columns / 2); }
 
 std::size_t size(const Matrix &w) { return padded_columns(w) + round_up(w.blocks_per_row(), width); }
 
@@ -136,6 +133,7 @@ template <std::size_t R, std::size_t block>
                                                  float *y) {
     const std::size_t nb = w.columns / block, bytes = w.columns / 2, ahead = bytes_ahead(w);
     const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + r * bytes;
+    for (std::size_t i = 0; i < R * bytes; i += page_bytes) prefetch(codes, pages_ahead + i, 1);
     values->reach(r * nb, R * nb);
     const float *scale = values->scale(r * nb);
     const Vec table = _mm512_loadu_ps(nibble_levels(w));
@@ -151,7 +149,7 @@ template <std::size_t R, std::size_t block>
             Vec in[8];
             for (std::size_t i = 0; i < 8; ++i) in[i] = _mm512_loadu_ps(x + 2 * at + i * width);
             for (std::size_t i = 0; i < R; ++i) {
-                prefetch(codes + R * at + i * step_bytes, ahead);  // the rows are one stretch of memory
+                prefetch(codes + R * at + i * step_bytes, ahead, step_bytes);  // the rows are one stretch of memory
                 const Vec part = product(load_codes(codes + i * bytes + at), table, in);
                 total[i] = _mm512_fmadd_ps(part, _mm512_permutexvar_ps(block_of_lane, scales[i]), total[i]);
             }
@@ -175,9 +173,7 @@ void multiply_range(const Matrix &w, const float *prepared, std::size_t r0, std:
     const std::size_t at_once = nb <= max_blocks ? rows_at_once : 1;
     Values values(w, at_once * nb);
     values.prefetch_from(r0 * nb);
-    for (std::size_t i = 0; i < std::min(bytes_ahead(w), (r1 - r0) * row_bytes); i += step_bytes) {
-        prefetch(w.data, r0 * row_bytes + i);  // no row before asks for these
-    }
+    prefetch(w.data, r0 * row_bytes, std::min(bytes_ahead(w), (r1 - r0) * row_bytes));  // no row before asks for these
     for (; at_once == rows_at_once && r0 + rows_at_once <= r1; r0 += rows_at_once) {
         multiply_rows<rows_at_once, block>(w, &values, prepared, r0, y);
     }
