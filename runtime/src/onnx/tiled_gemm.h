@@ -1,7 +1,7 @@
-// Many tokens at once: panels of W are decoded into L1, transposed on the way, and multiplied from there.
+// Many tokens at once: panels of W are decoded into L2, transposed on the way, and multiplied from there.
 //
 //   pack      A -> tiles of up to `tile_tokens` tokens, so that a tile reads its inputs in one stream
-//   multiply  for 256 columns at a time:  decode 32 (AVX2: 16) rows -> for every tile: sums in registers
+//   multiply  for 1024 columns at a time:  decode 32 (AVX2: 16) rows -> for every tile: sums in registers
 //
 // The kernels of irq/kernels.h decode along a row, which suits files that many programs map; here the lanes of
 // a register are rows. 32 bits of 16 rows are loaded at a time, and because a panel may store its columns in any
