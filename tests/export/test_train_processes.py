@@ -54,9 +54,10 @@ def test_two_processes_have_the_gradients_of_one(how: str, tmp_path: Path) -> No
         port = free.getsockname()[1]
 
     def start(name: str, rank: int, world: int) -> subprocess.Popen[bytes]:
+        hidden = {"CUDA_VISIBLE_DEVICES": ""}  # accelerate would shard on a GPU if there is one
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
-        environment = {**os.environ, **(variables if world > 1 else {})}
+        environment = {**os.environ, **hidden, **(variables if world > 1 else {})}
         paths = [tmp_path / f"{name}.pt", tmp_path / "model", tmp_path / "data.json", tmp_path / name]
         more = [how] if world > 1 else []
         return subprocess.Popen([sys.executable, str(script), *map(str, paths), *more], env=environment)
