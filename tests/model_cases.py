@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["MODELS", "nmse"]
+__all__ = ["LLAMA3", "MODELS", "nmse"]
 
-_LLAMA3 = {
+#: Llama 3.1's scaling, for short contexts. transformers 5 wants ``rope_theta`` beside it.
+LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 500000.0,
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -23,7 +23,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "one kv head": ("llama", {"num_key_value_heads": 1}),
     "head_dim 20": ("llama", {"head_dim": 20}),
     "head_dim 64": ("llama", {"head_dim": 64}),
-    "llama3 scaling": ("llama", {"rope_parameters": _LLAMA3}),
+    "llama3 scaling": ("llama", {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}}),
     "linear scaling": ("llama", {"rope_parameters": _LINEAR}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),

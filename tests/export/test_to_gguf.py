@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from gguf import quants
 from gguf_sources import GgufSource
+from model_cases import LLAMA3
 from tolerance import NF_IN_Q8_0_NMSE, NMSE_FLOAT32, NMSE_FLOAT64
 
 from irq_export.export.gguf import to_gguf
@@ -23,13 +24,6 @@ from irq_formats.names import hf_to_gguf
 from irq_runtime.reference import load_model
 
 CODEBOOKS = ("nf4", "nf3", "nf2", "int4", "int3", "int2")
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 259, 16)]
 
 

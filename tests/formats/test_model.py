@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from model_cases import LLAMA3
 
 from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.gguf.model_keys import IRQ_PREFIX, model_metadata, read_model
@@ -28,13 +29,6 @@ HF: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
     "hidden_act": "silu",
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 
 

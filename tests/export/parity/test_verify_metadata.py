@@ -13,12 +13,18 @@ from tiny_tokenizers import VOCAB_SIZE, save_tiny_tokenizer
 from verified import Case, plain_end_token, rewritten
 
 from irq_export.export.gguf import to_gguf
-from irq_export.parity.report import Check
+from irq_export.parity.report import Check, ParityReport
 from irq_export.parity.tokenizers import CHATS, Sample, TrainedTokenizer
 from irq_export.parity.verify import verify
 from irq_formats.blocks import BlockSpec
 from irq_formats.gguf import STR, U32, GgufValue
 from irq_formats.manifest import write_manifest
+
+
+def verified_in_reference(file: Path, case: Case) -> ParityReport:
+    return verify(
+        file, against=case.checkpoint, adapter=case.adapter, runtimes=["reference"], positions=8, greedy=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,9 +51,7 @@ def test_a_changed_key_fails(
 ) -> None:
     """The arrays, the logits and the tokens of texts are right; what is wrong stands beside them."""
     file = rewritten(irq.exported, tmp_path / "model.gguf", change)
-    report = verify(
-        file, against=irq.checkpoint, adapter=irq.adapter, runtimes=["reference"], positions=8, greedy=0
-    )
+    report = verified_in_reference(file, irq)
     assert {check.name for check in report.checks if check.passed is False} == checks, report.to_text()
 
 
@@ -67,14 +71,7 @@ def test_a_changed_key_of_a_pair_fails(
     shutil.copytree(pair.exported, tmp_path / "pair")
     (tmp_path / "pair" / name).unlink()
     rewritten(pair.exported / name, tmp_path / "pair" / name, change)
-    report = verify(
-        tmp_path / "pair",
-        against=pair.checkpoint,
-        adapter=pair.adapter,
-        runtimes=["reference"],
-        positions=8,
-        greedy=0,
-    )
+    report = verified_in_reference(tmp_path / "pair", pair)
     assert {check.name for check in report.checks if check.passed is False} == checks, report.to_text()
 
 
@@ -93,16 +90,16 @@ def test_a_modelfile_that_names_another_model_fails(
     shutil.copytree(pair.exported, tmp_path / "pair")
     file = tmp_path / "pair" / "Modelfile"
     file.write_text(change(file.read_text()))
-    options = {"adapter": pair.adapter, "runtimes": ["reference"], "positions": 8, "greedy": 0}
-    report = verify(tmp_path / "pair", against=pair.checkpoint, **options)
+    report = verified_in_reference(tmp_path / "pair", pair)
     wrong = {check.name for check in report.checks if check.passed is False}
     assert wrong == (set() if passed else {"Modelfile"})
     assert any(check.name == "Modelfile" for check in report.checks)
 
 
-@pytest.mark.parametrize("merge", ["bf16", "f32"])
-def test_merged_files_and_decoded_pairs_have_their_own_keys(irq: Case, tmp_path: Path, merge: str) -> None:
-    options = {"merge": "bf16"} if merge == "bf16" else {"profile": "stock", "nf_type": "bf16"}
+@pytest.mark.parametrize("options", [{"merge": "bf16"}, {"profile": "stock", "nf_type": "bf16"}])
+def test_merged_files_and_decoded_pairs_have_their_own_keys(
+    irq: Case, tmp_path: Path, options: dict[str, str]
+) -> None:
     to_gguf(irq.checkpoint, tmp_path / "x", adapter_dir=irq.adapter, **options)
     report = verify(
         tmp_path / "x",
