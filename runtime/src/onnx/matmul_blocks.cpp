@@ -6,7 +6,6 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <thread>
 
 #include "halves.h"
 #include "row_gemv.h"
@@ -19,7 +18,8 @@ constexpr std::size_t few_tokens = 8;  // up to here the row-wise kernels are fa
 constexpr std::size_t tokens_per_task = 2;
 constexpr std::size_t rows_per_panel_task = 64;
 constexpr std::size_t products_per_task = std::size_t{1} << 18;  // multiplications: some microseconds
-constexpr std::size_t codes_per_task = std::size_t{1} << 17;     // bytes, of one token: some microseconds
+constexpr std::size_t least_at_a_time = std::size_t{1} << 14;    // bytes of codes, one token: a microsecond
+constexpr std::size_t most_at_a_time = std::size_t{1} << 17;     // some microseconds
 constexpr std::size_t flipped_bytes = std::size_t{1} << 16;      // INT8 codes that a task flips at a time
 
 [[noreturn]] void refuse(irq_codebook codebook, const std::string &what) {
@@ -63,23 +63,6 @@ void permute(const Matrix &w, const float *x, float *permuted) {
         }
     }
 }
-
-// What one task does and all wait for. std::call_once would put those that wait to sleep, and waking one takes ten
-// times longer than what it waits for.
-class Preparation {
-  public:
-    template <class Prepare>
-    void once(const Prepare &prepare) {
-        if (!is_begun_.exchange(true)) {
-            prepare();
-            is_done_.store(true, std::memory_order_release);
-        }
-        while (!is_done_.load(std::memory_order_acquire)) std::this_thread::yield();
-    }
-
-  private:
-    std::atomic<bool> is_begun_{false}, is_done_{false};
-};
 
 bool is_permuted(const Matrix &w) { return w.codebook == IRQ_NF4 || w.codebook == IRQ_INT4; }
 
@@ -174,13 +157,15 @@ void MatMulBlocks::check_values(const Tensor &tensor, Input input) const {
                                 text_of(tensor.shape));
 }
 
-// The weight where onnxruntime holds it now.
-Matrix MatMulBlocks::weight(const OrtKernelContext *context) const {
+// The weight where onnxruntime holds it now; for gemv, where it has one, with narrow values.
+Matrix MatMulBlocks::weight(const OrtKernelContext *context, const RowGemv *gemv) const {
     Matrix w = shape_;
     w.data = ort_.input_data(context, input_codes);
     for (const Input input : {input_scale, input_tau}) {
-        if (input == input_tau && !ort_.has_input(context, input)) continue;
         BlockValues &values = input == input_scale ? w.scale : w.tau;
+        if (gemv != nullptr) values = (input == input_scale ? scale_ : tau_).view();
+        if (values.storage != Storage::none) continue;
+        if (input == input_tau && !ort_.has_input(context, input)) continue;
         if (is_checked_[input]) {
             values.values = ort_.input_data(context, input);
         } else {
@@ -236,9 +221,9 @@ void MatMulBlocks::compute(OrtKernelContext *context) const {
 
     const std::unique_ptr<float[]> floats(is_half() ? new float[tokens * shape_.rows] : nullptr);
     float *const result = is_half() ? floats.get() : static_cast<float *>(y);
-    const Call call{*this, context, weight(context), tokens, a.data, y, result};
-    const RowGemv *gemv = row_gemv_for(shape_);
-    if (tokens == 1 && gemv != nullptr) return multiply_one(call, *gemv);
+    const RowGemv *gemv = tokens == 1 ? row_gemv_for(shape_) : nullptr;
+    const Call call{*this, context, weight(context, gemv), tokens, a.data, y, result};
+    if (gemv != nullptr) return multiply_one(call, *gemv);
     const TiledGemm *tiled = tiled_gemm_for(shape_);
     if (tokens > few_tokens && tiled != nullptr) return multiply_many(call, *tiled);
     multiply_few(call);
@@ -256,20 +241,20 @@ void MatMulBlocks::multiply_many(const Call &call, const TiledGemm &gemm) const 
     });
 }
 
-// onnxruntime's threads sleep between runs and take 30 to 50 us to wake: they are called before anything else is
-// done, and tasks are small enough that whoever is awake goes on.
+// onnxruntime's threads sleep between runs and may take 30 to 50 us to wake: they are called before anything else is
+// done, and whoever is awake goes on. Each puts x into order for itself, which takes less than waiting for another.
 void MatMulBlocks::multiply_one(const Call &call, const RowGemv &gemv) const {
-    Matrix w = call.weight;
-    w.scale = scale_.or_else(w.scale);
-    w.tau = tau_.or_else(w.tau);
-    const std::unique_ptr<float[]> prepared(new float[gemv.size(shape_)]);
-    Preparation preparation;
-    const std::size_t rows_per_task = round_up(std::max<std::size_t>(1, codes_per_task / shape_.row_bytes()), row_tile);
-    call.share_out(shape_.rows, rows_per_task, [&](std::size_t r0, std::size_t r1) {
-        preparation.once([&] { gemv.prepare(shape_, call.a, is_half(), prepared.get()); });
-        gemv.multiply(w, prepared.get(), r0, r1, call.result);
-        call.finish_rows(r0, r1);
+    const std::size_t row_bytes = shape_.row_bytes(), quarter = shape_.rows * row_bytes / 4;
+    const std::size_t bytes = std::clamp(quarter, least_at_a_time, most_at_a_time);
+    RowQueue queue(shape_.rows, round_up(std::max<std::size_t>(1, bytes / row_bytes), row_tile));
+    const std::size_t size = gemv.size(shape_);
+    call.share_out(queue.most_takers(), 1, [&](std::size_t, std::size_t) {
+        constexpr std::size_t most_here = 4352;  // enough for 4096 columns
+        alignas(64) float here[most_here];
+        const std::unique_ptr<float[]> elsewhere(size > most_here ? new float[size] : nullptr);
+        gemv.multiply(call.weight, call.a, is_half(), elsewhere ? elsewhere.get() : here, &queue, call.result);
     });
+    call.finish_rows(0, shape_.rows);
 }
 
 // The kernels of irq/kernels.h, in whose order the elements are put first.

@@ -29,7 +29,7 @@ class MatMulBlocks {
   private:
     struct Call;  // what one call shares between its threads
 
-    Matrix weight(const OrtKernelContext *context) const;
+    Matrix weight(const OrtKernelContext *context, const RowGemv *gemv) const;
     void check_values(const Tensor &tensor, Input input) const;
     bool is_half() const { return type_ == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16; }
 

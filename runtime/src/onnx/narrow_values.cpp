@@ -95,10 +95,10 @@ NarrowValues::NarrowValues(const float *values, std::size_t count) {
     }
 }
 
-BlockValues NarrowValues::or_else(const BlockValues &wide) const {
+BlockValues NarrowValues::view() const {
     if (!halves_.empty()) return {Storage::f16, halves_.data()};
     if (!indices_.empty()) return {Storage::dq8, indices_.data(), absmax_.data()};
-    return wide;
+    return {};
 }
 
 }  // namespace irq::onnx

@@ -18,8 +18,8 @@ class NarrowValues {
     // values (count,): of all blocks of a matrix, in order. Throws std::bad_alloc.
     NarrowValues(const float *values, std::size_t count);
 
-    // The same values bit for bit, or `wide` if they need as many bytes as they had. Not longer than this object lives.
-    BlockValues or_else(const BlockValues &wide) const;
+    // The same values bit for bit, or none if they need as many bytes as they had. Not longer than this object lives.
+    BlockValues view() const;
 
   private:
     std::vector<std::uint16_t> halves_;

@@ -34,8 +34,10 @@ const float *nibble_levels(const Matrix &w) { return w.codebook == IRQ_NF4 ? irq
 
 std::size_t padded_columns(const Matrix &w) { return round_up(w.columns, step_columns); }
 
-// From codes to those to ask memory for.
-std::size_t bytes_ahead(const Matrix &w) { return std::max(codes_ahead, rows_at_once * w.columns / 2); }
+// From rows to those whose codes are asked for: about 8 KiB.
+std::size_t rows_ahead(const Matrix &w) {
+    return rows_at_once * std::max<std::size_t>(1, 8192 / (rows_at_once * w.columns / 2));
+}
 
 std::size_t size(const Matrix &w) { return padded_columns(w) + round_up(w.blocks_per_row(), width); }
 
@@ -127,11 +129,11 @@ template <std::size_t R>
     }
 }
 
-// R rows from row r on.
+// R rows from row r on, which are followed by those from row `soon` on.
 template <std::size_t R, std::size_t block>
 [[gnu::always_inline]] inline void multiply_rows(const Matrix &w, Values *values, const float *x, std::size_t r,
-                                                 float *y) {
-    const std::size_t nb = w.columns / block, bytes = w.columns / 2, ahead = bytes_ahead(w);
+                                                 std::size_t soon, float *y) {
+    const std::size_t nb = w.columns / block, bytes = w.columns / 2, ahead = (soon - r) * bytes;
     const std::uint8_t *codes = static_cast<const std::uint8_t *>(w.data) + r * bytes;
     for (std::size_t i = 0; i < R * bytes; i += page_bytes) prefetch(codes, pages_ahead + i, 1);
     values->reach(r * nb, R * nb);
@@ -168,25 +170,40 @@ template <std::size_t R, std::size_t block>
 }
 
 template <std::size_t block>
-void multiply_range(const Matrix &w, const float *prepared, std::size_t r0, std::size_t r1, float *y) {
-    const std::size_t nb = w.columns / block, row_bytes = w.columns / 2;
+void multiply_rows_of(const Matrix &w, const void *x, bool is_half, float *prepared, RowQueue *queue, float *y) {
+    const std::size_t nb = w.columns / block, row_bytes = w.columns / 2, ahead = rows_ahead(w);
     const std::size_t at_once = nb <= max_blocks ? rows_at_once : 1;
     Values values(w, at_once * nb);
-    values.prefetch_from(r0 * nb);
-    prefetch(w.data, r0 * row_bytes, std::min(bytes_ahead(w), (r1 - r0) * row_bytes));  // no row before asks for these
-    for (; at_once == rows_at_once && r0 + rows_at_once <= r1; r0 += rows_at_once) {
-        multiply_rows<rows_at_once, block>(w, &values, prepared, r0, y);
+    Rows rows = queue->take(), next = rows;
+    if (rows.is_empty()) return;
+    prepare(w, x, is_half, prepared);
+    values.prefetch_from(rows.begin * nb);
+    prefetch(w.data, rows.begin * row_bytes, std::min(ahead, rows.end - rows.begin) * row_bytes);
+    // The row that is asked for while row r is read.
+    const auto soon = [&](std::size_t r) {
+        if (r + ahead < rows.end) return r + ahead;
+        if (next.begin == rows.begin) {
+            next = queue->take();
+            values.prefetch_from(next.begin * nb);
+        }
+        return next.begin + (r + ahead - rows.end);
+    };
+    for (; !rows.is_empty(); rows = next) {
+        std::size_t r = rows.begin;
+        for (; at_once == rows_at_once && r + rows_at_once <= rows.end; r += rows_at_once) {
+            multiply_rows<rows_at_once, block>(w, &values, prepared, r, soon(r), y);
+        }
+        for (; r < rows.end; ++r) multiply_rows<1, block>(w, &values, prepared, r, soon(r), y);
     }
-    for (; r0 < r1; ++r0) multiply_rows<1, block>(w, &values, prepared, r0, y);
 }
 
-void multiply(const Matrix &w, const float *prepared, std::size_t r0, std::size_t r1, float *y) {
-    const auto range = w.block_size == 64 ? multiply_range<64> : multiply_range<32>;
-    range(w, prepared, r0, r1, y);
+void multiply(const Matrix &w, const void *x, bool is_half, float *prepared, RowQueue *queue, float *y) {
+    const auto rows_of = w.block_size == 64 ? multiply_rows_of<64> : multiply_rows_of<32>;
+    rows_of(w, x, is_half, prepared, queue, y);
 }
 
 }  // namespace
 
-const RowGemv row_gemv_avx512 = {size, prepare, multiply};
+const RowGemv row_gemv_avx512 = {size, multiply};
 
 }  // namespace irq::onnx
