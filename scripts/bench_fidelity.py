@@ -1,10 +1,12 @@
-"""What deployment costs: KL and perplexity of an export next to the peers' ways. Writes docs/fidelity.md.
+"""What deployment costs: KL and perplexity of an export next to the peers' ways, as a page of Markdown.
 
-    python scripts/bench_fidelity.py MODEL_DIR TEXT --work DIR [--windows 8]
+    python scripts/bench_fidelity.py ../smollm2/hf ../shared/data/wikitext2/wiki.test.raw \\
+        --work ../fidelity --name SmolLM2-135M-Instruct
 
 The trained model is MODEL_DIR quantised to nf4 with a random non-zero IEC-LoRA on every linear layer
 (3 % of each weight's norm). Rows: the unquantised model; the trained model; our files in the reference
-runtime and in unmodified llama.cpp; and what other tools do with the same adapter.
+runtime and in unmodified llama.cpp; and what other tools do with the same adapter. Rows and exports are kept
+in --work, which serves one model and one text.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from _stamp import stamp
 from gguf import GGMLQuantizationType as Ggml
 from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,14 +35,13 @@ from irq_formats.adapter import Adapter, delta_weight
 from irq_formats.checkpoint import open_checkpoint
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 
-WINDOW = 512
 Logits = Callable[[list[int]], np.ndarray]
 
 
-def windows_of(model_dir: Path, text: Path, count: int) -> list[list[int]]:
-    """The first windows of 512 tokens of a text, without special tokens."""
+def windows_of(model_dir: Path, text: Path, count: int, length: int) -> list[list[int]]:
+    """The first windows of a text, without special tokens."""
     ids = AutoTokenizer.from_pretrained(model_dir)(text.read_text(), add_special_tokens=False)["input_ids"]
-    return [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(count)]
+    return [ids[i * length : (i + 1) * length] for i in range(count)]
 
 
 class Plain:
@@ -66,9 +68,9 @@ def requantised(weight: np.ndarray, kind: Ggml | None) -> np.ndarray:
 
 
 @contextmanager
-def llama(pair: Path, scale: float = 1.0) -> Iterator[Logits]:
+def llama(pair: Path, length: int) -> Iterator[Logits]:
     target = open_target(pair)
-    with LlamaCpp(target.model, target.adapter, scale, threads=2, ctx=WINDOW) as server:
+    with LlamaCpp(target.model, target.adapter, threads=2, ctx=length + 1) as server:  # it keeps one free
         yield server.logprobs
 
 
@@ -84,24 +86,30 @@ def prepare(model_dir: Path, work: Path) -> tuple[Path, Path]:
     return checkpoint, adapter_dir
 
 
-@click.command()
-@click.argument("model_dir", type=click.Path(path_type=Path, exists=True))
-@click.argument("text", type=click.Path(path_type=Path, exists=True))
+@click.command(help=__doc__)
+@click.argument("model_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("text", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option(
     "--work", type=click.Path(path_type=Path), required=True, help="Checkpoints, exports and results."
 )
 @click.option("--windows", default=8, show_default=True)
+@click.option("--length", default=512, show_default=True, help="Tokens of a window.")
 @click.option("--llama-windows", default=2, show_default=True, help="Of them in llama.cpp (0.2 s a token).")
-@click.option(
-    "--output", type=click.Path(path_type=Path), default=Path("docs/fidelity.md"), show_default=True
-)
+@click.option("--name", required=True, help="Of the model, for the page.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="WORK/fidelity.md by default.")
 def main(
-    model_dir: Path, text: Path, work: Path, windows: int, llama_windows: int, name: str, output: Path
-) -> None:
+    model_dir: Path, text: Path, work: Path, windows: int, length: int, llama_windows: int, name: str,
+    output: Path | None,
+) -> None:  # fmt: skip
     work.mkdir(parents=True, exist_ok=True)
     results_path = work / "fidelity.json"
-    results = json.loads(results_path.read_text()) if results_path.exists() else {}
-    texts = windows_of(model_dir, text, windows)
+    setting = {"model": stamp(model_dir), "text": stamp(text), "windows": [windows, llama_windows, length]}
+    kept = json.loads(results_path.read_text()) if results_path.exists() else {"setting": setting, "rows": {}}
+    if kept["setting"] != setting:
+        raise click.UsageError(f"{results_path} is of another model, text or number of windows")
+    results_path.write_text(json.dumps(kept, indent=1))
+    results = kept["rows"]
+    texts = windows_of(model_dir, text, windows, length)
     checkpoint, adapter_dir = prepare(model_dir, work)
     adapter: Adapter = read_peft_adapter(adapter_dir)
     trained = TorchRuntime(checkpoint, adapter, "float32")
@@ -124,7 +132,7 @@ def main(
             "perplexity": float(np.exp(np.mean([np.log(m.perplexity) for m in found]))),
             "perplexity_trained": float(np.exp(np.mean([np.log(m.perplexity_reference) for m in found]))),
         }
-        results_path.write_text(json.dumps(results, indent=1))
+        results_path.write_text(json.dumps(kept, indent=1))
         click.echo(f"{key}: {results[key]}")
 
     blocks = open_checkpoint(checkpoint)
@@ -139,7 +147,7 @@ def main(
     row("trained model itself (torch)", "4.25 + adapter", trained.logits)
     reference = ReferenceRuntime(ours, None, 1.0, "float32")
     row("**irq GGUF**, reference runtime", "4.25 + adapter", reference.logits)
-    with llama(pair) as logits:
+    with llama(pair, length) as logits:
         row("**stock pair** (Q8_0 table + adapter), llama.cpp", "8.5 + adapter", logits, llama_windows)
 
     plain = Plain(model_dir)
@@ -168,15 +176,17 @@ def main(
         names,
     )
     row("stock PEFT on the same base: beta silently zero", "4.25 + adapter", plain.logits)
-    output.write_text(markdown(results, name))
+    output = output or work / "fidelity.md"
+    output.write_text(markdown(results, name, length))
+    click.echo(str(output))
 
 
-def markdown(results: dict[str, dict[str, float]], name: str) -> str:
+def markdown(results: dict[str, dict[str, float]], name: str, length: int) -> str:
     head = (
         "# Fidelity: what deployment costs\n\n"
         f"Made by `scripts/bench_fidelity.py`. Model {name} quantised to nf4 (ICQ, refit), random IEC-LoRA\n"
         "of rank 32, 3 % of each weight's norm, on every linear. KL(trained || deployed) in nats a token\n"
-        f"with the standard error over windows of {WINDOW} tokens of wikitext-2 (test); perplexity of the\n"
+        f"with the standard error over windows of {length} tokens of wikitext-2 (test); perplexity of the\n"
         "same windows, in brackets that of the trained model on them. All in float32 on a CPU, but for\n"
         "llama.cpp, whose kernels round activations to 8 bits.\n\n"
         "KL says how far a deployment is from what was trained, not how good it is: the adapter is random,\n"
