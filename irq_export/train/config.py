@@ -8,6 +8,7 @@ paper (arXiv 2402.05445, B.4, and the released scripts): rank 64, alpha 16, all 
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -214,12 +215,6 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 def _parse(path: Path, raw: bytes) -> Mapping[str, Any]:
     if path.suffix == ".toml":
-        try:
-            import tomllib
-        except ModuleNotFoundError as error:
-            raise UsageError(
-                "TOML needs Python 3.11", where=path, hint="Write the same keys as YAML"
-            ) from error
         try:
             return tomllib.loads(raw.decode())
         except ValueError as error:  # of TOML and of UTF-8

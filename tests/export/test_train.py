@@ -245,9 +245,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         False,
         "o",
     )
-    if sys.version_info >= (3, 11):
-        (tmp_path / "r.toml").write_text('model = "m"\ndata = ["d.json"]\nmax-length = 64\n')
-        assert make_config({"output": "o"}, tmp_path / "r.toml").max_length == 64
+    (tmp_path / "r.toml").write_text('model = "m"\ndata = ["d.json"]\nmax-length = 64\n')
+    assert make_config({"output": "o"}, tmp_path / "r.toml").max_length == 64
 
 
 @pytest.mark.parametrize(

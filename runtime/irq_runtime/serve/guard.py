@@ -41,7 +41,7 @@ class Guard:
                 self._check_key(headers)
             try:
                 body = await asyncio.wait_for(self._body(headers, receive), self._options.body_timeout_s)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise SlowRequest("the body did not arrive in time") from None
         except IrqError as error:
             await error_response(error)(scope, receive, send)
