@@ -5,6 +5,8 @@ left running or the server did not end cleanly. The server runs without glibc's 
 they fill for minutes and would hide what is sought (``--allocator-caches`` leaves them on).
 
     python scripts/soak_serve.py model.gguf --seconds 180 --clients 8
+
+The growth of the memory needs four samples: ``--every`` seconds apart, the first one not counted.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -63,7 +66,6 @@ class Soak:
 
     def __init__(self, url: str, seconds: float, max_tokens: int) -> None:
         self.url = url
-        self.end = time.monotonic() + seconds
         self.max_tokens = max_tokens
         self.seen: Counter[str] = Counter()
         self.tokens = 0
@@ -72,25 +74,30 @@ class Soak:
         with httpx.Client(base_url=url, timeout=600) as client:
             self.expected = {prompt: self.whole(client, prompt) for prompt in PROMPTS}
             self.scores = {prompt: self.scored(client, prompt) for prompt in PROMPTS}
+        self.end = time.monotonic() + seconds
 
     def body(self, prompt: str, **fields: object) -> dict[str, object]:
         return {"prompt": prompt, "max_tokens": self.max_tokens, "temperature": 0, **fields}
 
+    @staticmethod
+    def post(client: httpx.Client, path: str, body: dict[str, object]) -> dict[str, Any]:
+        """Return the reply to a request that must be granted."""
+        reply: dict[str, Any] = client.post(path, json=body).raise_for_status().json()
+        return reply
+
     def whole(self, client: httpx.Client, prompt: str) -> str:
-        reply = client.post("/completions", json=self.body(prompt))
-        return (
-            reply.json()["choices"][0]["text"] if reply.status_code == 200 else f"status {reply.status_code}"
-        )
+        return str(self.post(client, "/completions", self.body(prompt))["choices"][0]["text"])
 
     def scored(self, client: httpx.Client, prompt: str) -> str:
         """Return the log probabilities of a prompt, as a scorer of multiple choice asks for them."""
         body = self.body(prompt, echo=True, logprobs=1, max_tokens=1)
-        return json.dumps(client.post("/completions", json=body).json()["choices"][0]["logprobs"])
+        return json.dumps(self.post(client, "/completions", body)["choices"][0]["logprobs"])
 
     def streamed(self, client: httpx.Client, prompt: str, leave_after: int | None) -> str | None:
         """Return the text, or None if the client left."""
         text = ""
         with client.stream("POST", "/completions", json=self.body(prompt, stream=True)) as reply:
+            reply.raise_for_status()
             for count, line in enumerate(line for line in reply.iter_lines() if line):
                 if line == "data: [DONE]":
                     return text
@@ -112,17 +119,18 @@ class Soak:
             return kind, 0
         elif kind == "timeout":
             try:
-                client.post("/completions", json=self.body(prompt, n=4), timeout=rng.uniform(0.01, 0.3))
+                body = self.body(prompt, n=4)
+                client.post("/completions", json=body, timeout=rng.uniform(0.01, 0.3)).raise_for_status()
             except httpx.TimeoutException:
                 return kind, 0
             return "in time", 4 * self.max_tokens
         elif kind == "sampled":
             body = self.body(prompt, temperature=1.1, **rng.choice(FIELDS))
-            return kind, client.post("/completions", json=body).json()["usage"]["completion_tokens"]
+            return kind, self.post(client, "/completions", body)["usage"]["completion_tokens"]
         elif kind == "chat":
             messages = [{"role": "user", "content": prompt}]
             body = {"messages": messages, "max_tokens": self.max_tokens, **rng.choice(CHAT_FIELDS)}
-            return kind, client.post("/chat/completions", json=body).json()["usage"]["completion_tokens"]
+            return kind, self.post(client, "/chat/completions", body)["usage"]["completion_tokens"]
         elif kind == "scored":
             self.check(prompt, self.scored(client, prompt), self.scores[prompt])
             return kind, 1
@@ -147,7 +155,7 @@ class Soak:
             while time.monotonic() < self.end:
                 try:
                     kind, tokens = self.request(client, rng)
-                except (httpx.HTTPError, LookupError) as error:  # no reply, or one without what was asked for
+                except Exception as error:  # noqa: BLE001  (whatever it is, it is wrong, and the client goes on)
                     self.wrong.append(repr(error))
                     continue
                 with self.lock:
@@ -159,6 +167,14 @@ def resident(pid: int) -> int:
     """Memory of a process in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+
+def growth(samples: list[int]) -> int | None:
+    """Median of the second half of the samples over that of the first, bytes; None of fewer than four."""
+    if len(samples) < 4:
+        return None
+    half = len(samples) // 2
+    return int(statistics.median(samples[half:]) - statistics.median(samples[1 : half + 1]))
 
 
 def watch(pid: int, soak: Soak, every: float) -> list[int]:
@@ -222,8 +238,7 @@ def main() -> None:
         code = process.wait(30)
     finally:
         process.kill()
-    half = len(samples) // 2
-    growth = statistics.median(samples[half:]) - statistics.median(samples[1 : half + 1])
+    grown = growth(samples)
     report = {
         "requests": dict(soak.seen),
         "tokens_per_s": round(soak.tokens / args.seconds, 1),
@@ -232,10 +247,10 @@ def main() -> None:
         "exit_code": code,
         "rss_first_mib": round(samples[0] / 2**20, 1),
         "rss_last_mib": round(samples[-1] / 2**20, 1),
-        "rss_growth_between_halves_mib": round(growth / 2**20, 2),
+        "rss_growth_between_halves_mib": None if grown is None else round(grown / 2**20, 2),
     }
     print(json.dumps(report, indent=2))
-    sys.exit(bool(soak.wrong or report["left_running"] or code or growth > GROWTH_BYTES))
+    sys.exit(bool(soak.wrong or report["left_running"] or code or (grown or 0) > GROWTH_BYTES))
 
 
 if __name__ == "__main__":
