@@ -177,18 +177,18 @@ def main(
     )
     row("stock PEFT on the same base: beta silently zero", "4.25 + adapter", plain.logits)
     output = output or work / "fidelity.md"
-    output.write_text(markdown(results, name, length))
+    output.write_text(markdown(results, name, text.name, length))
     click.echo(str(output))
 
 
-def markdown(results: dict[str, dict[str, float]], name: str, length: int) -> str:
+def markdown(results: dict[str, dict[str, float]], name: str, text: str, length: int) -> str:
     head = (
         "# Fidelity: what deployment costs\n\n"
-        f"Made by `scripts/bench_fidelity.py`. Model {name} quantised to nf4 (ICQ, refit), random IEC-LoRA\n"
-        "of rank 32, 3 % of each weight's norm, on every linear. KL(trained || deployed) in nats a token\n"
-        f"with the standard error over windows of {length} tokens of wikitext-2 (test); perplexity of the\n"
-        "same windows, in brackets that of the trained model on them. All in float32 on a CPU, but for\n"
-        "llama.cpp, whose kernels round activations to 8 bits.\n\n"
+        f"Made by `scripts/bench_fidelity.py MODEL_DIR {text} --work DIR --name {name}`. Model {name} quantised\n"
+        "to nf4 (ICQ, refit), random IEC-LoRA of rank 32, 3 % of each weight's norm, on every linear.\n"
+        "KL(trained || deployed) in nats a token with the standard error over windows: the first ones of\n"
+        f"{length} tokens of {text}; perplexity of the same windows, in brackets that of the trained model on\n"
+        "them. All in float32 on a CPU, but for llama.cpp, whose kernels round activations to 8 bits.\n\n"
         "KL says how far a deployment is from what was trained, not how good it is: the adapter is random,\n"
         "so the 16-bit base keeps the better perplexity. A trained adapter has learned to make up for its\n"
         "own base, and deploying it on another loses that.\n\n"
