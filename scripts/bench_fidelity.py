@@ -184,11 +184,11 @@ def main(
 def markdown(results: dict[str, dict[str, float]], name: str, text: str, length: int) -> str:
     head = (
         "# Fidelity: what deployment costs\n\n"
-        f"Made by `scripts/bench_fidelity.py MODEL_DIR {text} --work DIR --name {name}`. Model {name} quantised\n"
-        "to nf4 (ICQ, refit), random IEC-LoRA of rank 32, 3 % of each weight's norm, on every linear.\n"
-        "KL(trained || deployed) in nats a token with the standard error over windows: the first ones of\n"
-        f"{length} tokens of {text}; perplexity of the same windows, in brackets that of the trained model on\n"
-        "them. All in float32 on a CPU, but for llama.cpp, whose kernels round activations to 8 bits.\n\n"
+        f"Made by `scripts/bench_fidelity.py MODEL_DIR {text} --work DIR --name {name}`.\n"
+        "MODEL_DIR quantised to nf4 (ICQ, refit), random IEC-LoRA of rank 32, 3 % of each weight's norm, on\n"
+        "every linear. KL(trained || deployed) in nats a token with the standard error over windows: the first\n"
+        f"ones of {length} tokens of {text}; perplexity of the same windows, in brackets that of the trained\n"
+        "model on them. All in float32 on a CPU, but for llama.cpp, whose kernels round activations to 8 bits.\n\n"
         "KL says how far a deployment is from what was trained, not how good it is: the adapter is random,\n"
         "so the 16-bit base keeps the better perplexity. A trained adapter has learned to make up for its\n"
         "own base, and deploying it on another loses that.\n\n"

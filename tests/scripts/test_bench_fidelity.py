@@ -19,7 +19,7 @@ def test_page_of_the_demo_model(demo: Path, repo: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     page = (work / "fidelity.md").read_text("utf-8")
-    assert "Model demo quantised to nf4" in page
+    assert "README.md --work DIR --name demo`" in page
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert len(rows) == 16  # heads and fifteen deployments
     assert rows[1][4] == rows[2][4] == "100.0%"  # the trained model, and our file of it
