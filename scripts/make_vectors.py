@@ -1,12 +1,13 @@
-"""Write every golden vector: ``python -m scripts.make_vectors`` in the repository root.
+"""Write every golden vector again: ``python -m scripts.make_vectors`` in the repository root.
 
-One function per family. The same sources give the same bytes; tests/formats checks that what is
-committed is what this script writes.
+One function per family. The same sources give the same bytes; tests/scripts checks that what is
+committed is what this script writes. The old vectors stay until all new ones are there.
 """
 
 from __future__ import annotations
 
-import shutil
+import argparse
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from scripts import malformed_gguf, malformed_model, malformed_onnx, malformed_s
 from scripts.block_vectors import write_blocks
 from scripts.malformed import Case, write_family, write_index
 from scripts.model_vectors import write_models
+from scripts.onnx_vectors import write_onnx
 
 VECTORS = Path(__file__).resolve().parent.parent / "formats" / "vectors"
 
@@ -26,8 +28,7 @@ MALFORMED: dict[str, list[Callable[[], list[Case]]]] = {
 
 
 def write_malformed(directory: Path) -> int:
-    """Write the malformed corpus afresh; return how many cases it has."""
-    shutil.rmtree(directory, ignore_errors=True)
+    """Write the malformed corpus; return how many cases it has."""
     directory.mkdir(parents=True)
     entries = []
     for kind, families in MALFORMED.items():
@@ -36,10 +37,23 @@ def write_malformed(directory: Path) -> int:
     return len(entries)
 
 
-def main() -> None:
-    print(f"blocks: {write_blocks(VECTORS / 'blocks')}")
-    print(f"models: {write_models(VECTORS / 'models')}")
-    print(f"malformed: {write_malformed(VECTORS / 'malformed')}")
+#: Folder of the vectors: what writes it and returns how many there are.
+FAMILIES: dict[str, Callable[[Path], int]] = {
+    "blocks": write_blocks,
+    "models": write_models,
+    "onnx": write_onnx,
+    "malformed": write_malformed,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description="Write every golden vector again.").parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=VECTORS.parent, prefix=".vectors-") as folder:
+        new, old = Path(folder) / "new", Path(folder) / "old"
+        for name, write in FAMILIES.items():
+            print(f"{name}: {write(new / name)}")
+        VECTORS.rename(old)
+        new.rename(VECTORS)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Write formats/vectors/onnx/codes.json: one block per operator, packed here by plain loops.
-
-Run: python scripts/onnx_vectors.py
-"""
+"""Golden codes of ONNX: formats/vectors/onnx/codes.json, packed by plain loops (see make_vectors.py)."""
 
 from __future__ import annotations
 
@@ -26,7 +23,9 @@ def packed(operator: str, codes: list[int]) -> bytes:
     return bytes(low + (high if BITS[operator] == 3 else []))
 
 
-def main() -> None:
+def write_onnx(directory: Path) -> int:
+    """Write codes.json; return how many vectors it has."""
+    directory.mkdir(parents=True, exist_ok=True)
     rng = random.Random(5)
     vectors = []
     for codebook, bits in BITS.items():
@@ -44,10 +43,6 @@ def main() -> None:
                         "bytes": stored.hex(),
                     }
                 )
-    path = Path(__file__).resolve().parent.parent / "formats/vectors/onnx/codes.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(vector) for vector in vectors) + "\n]\n")
-
-
-if __name__ == "__main__":
-    main()
+    text = "[\n" + ",\n".join(json.dumps(vector) for vector in vectors) + "\n]\n"
+    (directory / "codes.json").write_text(text, encoding="utf-8")
+    return len(vectors)
