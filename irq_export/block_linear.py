@@ -33,6 +33,7 @@ __all__ = [
     "pack_codes",
     "product",
     "product_gradients",
+    "select_rows",
     "unpack_codes",
 ]
 
@@ -159,7 +160,7 @@ def decode_blocks(codes: Tensor, scale: Tensor, tau: Tensor | None, codebook: st
         weight += tau.reshape(-1, 1)
     elif codebook != "int8":
         weight += 0.0  # as the specification: turns -0 into 0
-    return weight.view(scale.shape[0], -1)
+    return weight.view(scale.shape[0], scale.shape[1] * block_size)
 
 
 def _decode(parts: Parts, dtype: torch.dtype) -> Tensor:
@@ -211,6 +212,15 @@ def decode(parts: Parts, dtype: torch.dtype, after: Tensor | None = None) -> Ten
     return _decode(parts, dtype)
 
 
+def select_rows(parts: Parts, rows: Tensor) -> Parts:
+    """Return the parts of some rows, indices ``(n,)``; their scales are no longer double-quantised."""
+    scale = parts.scale if parts.scale_absmax is None else effective_scale(parts)
+    tau = parts.tau if parts.tau_absmax is None else effective_tau(parts)
+    codes, scale = (stored.index_select(0, rows) for stored in (parts.codes, scale))
+    tau = None if tau is None else tau.index_select(0, rows)
+    return Parts(codes, scale, None, None, tau, None, *parts[6:])
+
+
 def product(
     x: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, parts: Parts
 ) -> tuple[Tensor, Tensor | None]:
@@ -226,7 +236,7 @@ def product(
     rows = x.reshape(-1, x.shape[-1])
     hidden = rows @ a.T
     branch = hidden @ b.T if bias is None else torch.addmm(bias, hidden, b.T)
-    return branch.addmm_(rows, weight.T).view(*x.shape[:-1], -1), hidden
+    return branch.addmm_(rows, weight.T).view(*x.shape[:-1], parts.shape[0]), hidden
 
 
 def product_gradients(
@@ -238,23 +248,27 @@ def product_gradients(
     parts: Parts,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Return those gradients of :func:`product` (x, bias, a, b) that are wanted, else None."""
+    """Return those gradients of :func:`product` (x, bias, a, b) that are wanted, else None.
+
+    They are of the dtype of the product, whatever autocast says by now: the forward pass has settled it.
+    """
     wants_x, wants_bias, wants_a, wants_b = wanted
     rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
     grad_x = grad_bias = grad_a = grad_b = grad_hidden = None
-    if b is not None and (wants_x or wants_a):
-        grad_hidden = rows @ b  # (tokens, r)
-    if wants_x:
-        weight = decode(parts, grad.dtype, after=grad)
-        branch = None if grad_hidden is None or a is None else grad_hidden @ a
-        grad_x = rows @ weight if branch is None else branch.addmm_(rows, weight)
-        grad_x = grad_x.view(*grad.shape[:-1], -1)
-    if wants_bias:
-        grad_bias = rows.sum(0)
-    if wants_a and grad_hidden is not None and x is not None:
-        grad_a = grad_hidden.T @ x.reshape(-1, x.shape[-1])
-    if wants_b and hidden is not None:
-        grad_b = rows.T @ hidden
+    with torch.autocast(grad.device.type, enabled=False):
+        if b is not None and (wants_x or wants_a):
+            grad_hidden = rows @ b  # (tokens, r)
+        if wants_x:
+            weight = decode(parts, grad.dtype, after=grad)
+            branch = None if grad_hidden is None or a is None else grad_hidden @ a
+            grad_x = rows @ weight if branch is None else branch.addmm_(rows, weight)
+            grad_x = grad_x.view(*grad.shape[:-1], parts.shape[1])
+        if wants_bias:
+            grad_bias = rows.sum(0)
+        if wants_a and grad_hidden is not None and x is not None:
+            grad_a = grad_hidden.T @ x.reshape(-1, x.shape[-1])
+        if wants_b and hidden is not None:
+            grad_b = rows.T @ hidden
     return grad_x, grad_bias, grad_a, grad_b
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from irq_export.block_linear import Parts, block_linear, decode, decode_blocks, effective_scale, effective_tau
+from irq_export.block_linear import Parts, block_linear, decode, select_rows
 from irq_formats.blocks import BlockSpec, BlockTensor, part_layout
 from irq_formats.errors import UsageError
 
@@ -215,17 +215,9 @@ class IrqEmbedding(BlockModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up integer ids of any shape ``(...)``: ``(..., embedding_dim)``."""
-        rows = ids.reshape(-1)
-        parts = self.parts()
-        tau = effective_tau(parts)
-        weight = decode_blocks(
-            parts.codes[rows],
-            effective_scale(parts)[rows],
-            None if tau is None else tau[rows],
-            parts.codebook,
-            parts.block_size,
-        )
-        return weight.view(*ids.shape, self.embedding_dim).to(self.get_buffer("compute").dtype)
+        rows = select_rows(self.parts(), ids.reshape(-1))
+        weight = decode(rows, self.get_buffer("compute").dtype)
+        return weight.view(*ids.shape, self.embedding_dim)
 
 
 class IrqTiedHead(nn.Module):

@@ -102,13 +102,21 @@ def test_gradients_flow_to_the_input_only() -> None:
     assert list(module.parameters()) == []
 
 
-def test_embedding_decodes_rows() -> None:
-    tensor = random_block_tensor(BlockSpec("nf4", 32), (50, 64))
+@pytest.mark.parametrize("spec", [BlockSpec("nf4", 32), SPECS[-1], BlockSpec("nf3", 64, "f16", "none")])
+def test_embedding_decodes_rows(spec: BlockSpec) -> None:
+    tensor = random_block_tensor(spec, (50, 64))
     module = IrqEmbedding(tensor.spec, 50, 64)
     module.load_block(tensor)
     ids = torch.tensor([[3, 49], [0, 3]])
     assert module(ids).numpy().tobytes() == tensor.dequantize()[ids.numpy()].tobytes()
+    assert module(ids[:0]).shape == (0, 2, 64)
     assert module.double()(ids).dtype == torch.float64
+
+
+@pytest.mark.parametrize("token", [-1, -100, 50])
+def test_embedding_refuses_ids_that_it_does_not_have(token: int) -> None:
+    with pytest.raises(IndexError):
+        IrqEmbedding(BlockSpec("nf4", 32), 50, 64)(torch.tensor([[3, token]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
