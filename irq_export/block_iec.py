@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from irq_export.block_linear import Parts, product, product_gradients
 from irq_export.elastic import Elastic, elastic_gradients, elastic_weights
@@ -40,6 +41,7 @@ class _BlockIecLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, a, b, *stored = ctx.saved_tensors
         scaling, dtype, formats = ctx.settings
@@ -66,7 +68,7 @@ def block_iec_linear(
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return ``x W^T + bias + (x a^T) b^T``, differentiable in all but the parts.
+    """Return ``x W^T + bias + (x a^T) b^T``, differentiable (once) in all but the parts.
 
     Args:
         x: (..., in).

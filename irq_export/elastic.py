@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from irq_export import kernels
 
@@ -45,12 +46,16 @@ def add_elastic(y: Tensor, x: Tensor, beta: Tensor) -> Tensor:
         gets beta times the mean of the n/g elements of the same group of x.
     """
     groups = gcd(x.shape[-1], y.shape[-1])
-    means = x.reshape(*x.shape[:-1], groups, -1).mean(-1, keepdim=True)  # (..., g, 1)
-    return (y.reshape(*y.shape[:-1], groups, -1) + beta * means).reshape(y.shape)
+    means = _grouped(x, groups).mean(-1, keepdim=True)  # (..., g, 1)
+    return (_grouped(y, groups) + beta * means).reshape(y.shape)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    return x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
 
 
 def elastic_weights(matrices: Sequence[Elastic], dtype: torch.dtype) -> list[Tensor]:
-    """Return what one or two matrices stand for, rounded to a dtype last; not differentiable."""
+    """Return what one or two matrices stand for, summed in float32, rounded last; not differentiable."""
     values = [_elastic_value(matrix.weight) for matrix in matrices]
     if _on_gpu(dtype, *(tensor for matrix in matrices for tensor in matrix[:2])):
         from irq_export.kernels.elastic import elastic_weights as elastic_on_gpu
@@ -58,8 +63,8 @@ def elastic_weights(matrices: Sequence[Elastic], dtype: torch.dtype) -> list[Ten
         return elastic_on_gpu(matrices, values, dtype)
     results = []
     for (weight, beta, scaling), value in zip(matrices, values, strict=True):
-        total = weight.clone(memory_format=torch.contiguous_format)
-        _elastic_entries(total).add_(beta * value)
+        total = weight.to(_wide(weight.dtype), memory_format=torch.contiguous_format, copy=True)
+        _elastic_entries(total).add_(beta.to(total.dtype) * value)
         results.append((total * scaling).to(dtype))
     return results
 
@@ -75,8 +80,9 @@ def elastic_gradients(
         return gradients_on_gpu(grads, scalings, values, dtype)
     results = []
     for grad, scaling, value in zip(grads, scalings, values, strict=True):
-        wide = grad.to(dtype)
-        results.append((wide * scaling, _elastic_entries(wide).sum().view(1) * value))
+        wide = grad.to(_wide(dtype))
+        grad_beta = _elastic_entries(wide).sum().view(1) * value
+        results.append(((wide * scaling).to(dtype), grad_beta.to(dtype)))
     return results
 
 
@@ -89,9 +95,15 @@ class _ElasticWeight(torch.autograd.Function):
         return elastic_weights([Elastic(weight, beta, scaling)], dtype)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = elastic_gradients([grad], [ctx.scaling], ctx.dtype)
         return *gradients, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in, as the kernels do: float32, or float64 where that is asked for."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _on_gpu(dtype: torch.dtype, *tensors: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny_checkpoints import random_block_tensor
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from irq_export.block_iec import block_iec_linear
 from irq_export.block_linear import block_linear
 from irq_export.block_modules import IrqLinear
+from irq_export.elastic import elastic_weight
 from irq_export.iec import IecLinear
 from irq_formats.blocks import BlockSpec
 
@@ -90,6 +93,44 @@ def test_autocast_runs_base_and_branch_in_its_dtype() -> None:
     same(found, expected, LINEAR_BFLOAT16)
     exact = gradients(module.double(), x.double())
     same(found, exact, LINEAR_BFLOAT16)
+
+
+@pytest.mark.parametrize("layer", [base, adapted])
+def test_backward_does_not_ask_autocast(layer: Callable[[], nn.Module]) -> None:
+    """The forward pass has settled the dtype; a backward pass that runs inside autocast keeps it."""
+    module, x = layer(), torch.randn(4, IN)
+    expected = gradients(module, x)
+    module.zero_grad()
+    x.requires_grad_()
+    y = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward(2 * y)
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    same({"y": y.detach(), "x": x.grad, **found}, expected, 0)
+
+
+def test_second_derivatives() -> None:
+    """Right of the frozen layer, which is linear; refused for the branch, whose A and B are folded first."""
+    module, x = base(), torch.randn(3, IN, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: block_linear(x, module.parts()) ** 2, (x,))
+    branch, x = adapted(), x.detach().float().requires_grad_()
+    for y, source in ((branch(x), x), (elastic_weight(branch.lora_b, branch.beta2), branch.lora_b)):
+        (grad,) = torch.autograd.grad(y.square().sum(), source, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN), (0, 4, IN)])
+def test_a_batch_may_be_empty(shape: tuple[int, ...], dropout: float) -> None:
+    iec = IecLinear(base(), RANK, dropout=dropout)
+    for module in (iec.base, iec):
+        x = torch.zeros(shape, requires_grad=True)
+        y = module(x)
+        assert y.shape == (*shape[:-1], OUT)
+        y.sum().backward()
+        assert x.grad.shape == shape
+    assert (iec.lora_a.grad == 0).all()
 
 
 def test_nothing_of_the_size_of_the_weight_is_kept() -> None:

@@ -56,6 +56,22 @@ def test_elastic_weight_is_the_elastic_connection(rows: int, columns: int):
     assert torch.autograd.gradcheck(elastic_weight, (weight.requires_grad_(), beta))
 
 
+@pytest.mark.parametrize("shape", [(64, 11008), (16, 1536), (14336, 16)])
+def test_adapters_in_bf16_are_rounded_once(shape: tuple[int, int]):
+    """The elastic connection is added in float32, as the Triton kernels add it; its gradients likewise."""
+    torch.manual_seed(0)
+    weight = (torch.randn(shape) * 0.01).bfloat16().requires_grad_()
+    beta = torch.tensor([0.37]).bfloat16().requires_grad_()
+    wide = [t.detach().float().requires_grad_() for t in (weight, beta)]
+    found, want = elastic_weight(weight, beta, scaling=0.3), elastic_weight(*wide, scaling=0.3)
+    assert torch.equal(found, want.bfloat16())
+    target = torch.randn(shape).bfloat16()
+    found.backward(target)
+    want.backward(target.float())
+    for ours, exact in zip((weight, beta), wide, strict=True):
+        assert torch.equal(ours.grad, exact.grad.bfloat16())
+
+
 @pytest.mark.parametrize(("n_out", "n_in", "rank"), SHAPES)
 def test_forward_equals_numpy_and_fold(n_out: int, n_in: int, rank: int):
     module, layer = make(n_out, n_in, rank)
