@@ -2,8 +2,9 @@
 
 :class:`IrqLoraConfig` is PEFT's ``LoraConfig`` with two more fields; ``get_peft_model``, ``save_pretrained``,
 ``PeftModel.from_pretrained``, transformers' Trainer and TRL take it as they take any other. Importing this
-module puts it in the place of ``LoraConfig`` in PEFT's table of configurations that are read from disk, so
-that ``PeftModel.from_pretrained`` finds the betas (a file without our fields reads as the plain LoRA it is).
+module puts it and :class:`IrqLoraModel` in the places of ``LoraConfig`` and ``LoraModel`` in PEFT's tables:
+``PeftModel.from_pretrained`` finds the betas (a file without our fields reads as the plain LoRA it is), and
+what no exporter knows is refused before it is trained.
 
 An adapter remembers the base hash of the checkpoint whose layers it was put on, and is refused by another.
 """
@@ -11,29 +12,35 @@ An adapter remembers the base hash of the checkpoint whose layers it was put on,
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftType, TaskType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 
-from irq_export.block_modules import IrqLinear
-from irq_export.iec import add_elastic, iec_linear
+from irq_export.block_modules import BlockModule, IrqLinear
+from irq_export.iec import add_elastic, elastic_weight, iec_linear
 from irq_formats.adapter import check_base_hash
 from irq_formats.errors import UsageError
 from irq_formats.peft_adapter import BASE_HASH_KEY, WEIGHTS_NAME
+from irq_formats.peft_config import refuse_variants
 from irq_formats.safetensors_io import open_safetensors
 
-__all__ = ["LINEARS", "IrqLoraConfig", "IrqLoraLinear"]
+__all__ = ["LINEARS", "IrqLoraConfig", "IrqLoraLinear", "IrqLoraModel"]
 
 #: Every linear layer of the supported families but the head: the targets of the paper.
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _BETAS = ("lora_beta1", "lora_beta2")
+#: Ways to initialise A and B that do not look at the weight.
+_INITS = (True, False, None, "gaussian", "eva")
 
 
 @dataclass
@@ -191,4 +198,75 @@ class IrqLoraLinear(Linear):  # type: ignore[misc]
                 layers[adapter_name] = layers[adapter_name].to(target)
 
 
+class IrqLoraModel(LoraModel):  # type: ignore[misc]
+    """PEFT's tuner, which knows the elastic connections and what a quantised model can be given."""
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Combine adapters into a new one, as PEFT does, after their betas went into A and B without loss."""
+        with self._folded(adapters):
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+
+    @contextmanager
+    def _folded(self, adapters: list[str]) -> Iterator[None]:
+        """Let the low-rank matrices of adapters hold their elastic connections for a while."""
+        kept: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            for layer in (module for module in self.modules() if isinstance(module, IrqLoraLinear)):
+                for name in (name for name in dict.fromkeys(adapters) if name in layer.lora_variant):
+                    for held, beta in zip((layer.lora_A, layer.lora_B), _BETAS, strict=True):
+                        weight = held[name].weight
+                        kept.append((weight, weight.data))
+                        weight.data = elastic_weight(weight.data, getattr(layer, beta)[name].data)
+            yield
+        finally:
+            for weight, data in kept:
+                weight.data = data
+
+    def _is_quantized(self) -> bool:
+        return any(isinstance(module, BlockModule) for module in self.model.modules())
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
+        """Check a configuration before any layer gets an adapter.
+
+        Raises:
+            UnsupportedModel: It asks for what no exporter knows.
+            UsageError: It asks for an initialisation from weights, which a quantised layer does not hold.
+        """
+        super()._check_new_adapter_config(config)
+        quantized = self._is_quantized()
+        if quantized or getattr(config, "irq_iec", False):
+            refuse_variants(config.to_dict(), type(config).__name__)
+        if quantized and config.init_lora_weights not in _INITS:
+            raise UsageError(
+                "the initialisation reads the weight, and a quantised layer holds none",
+                where=type(config).__name__,
+                expected='init_lora_weights True, "gaussian" or "eva"',
+                got=config.init_lora_weights,
+            )
+
+    def _create_and_replace(
+        self,
+        lora_config: LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Give a layer its adapter.
+
+        Raises:
+            UsageError: It is the embedding or the head of a quantised model.
+        """
+        if target_name not in LINEARS and self._is_quantized():
+            raise UsageError(
+                "no exporter knows an adapter there",
+                where=f"adapter {adapter_name!r}",
+                expected=f"targets among {', '.join(LINEARS)}",
+                got=target_name,
+            )
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, *args, **kwargs)
+
+
 PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] = IrqLoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = IrqLoraModel

@@ -15,7 +15,7 @@ from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
 from irq_formats.files import open_fixed
 from irq_formats.strict_json import parse_object
 
-__all__ = ["PLAIN_LORA_HINT", "LoraConfig", "read_lora_config"]
+__all__ = ["PLAIN_LORA_HINT", "LoraConfig", "read_lora_config", "refuse_variants"]
 
 PLAIN_LORA_HINT = "Only plain and IEC LoRA on linear layers can be exported; merge or retrain without it."
 
@@ -85,7 +85,7 @@ def read_lora_config(path: Path) -> LoraConfig:
             got=raw.get("peft_type"),
             hint=PLAIN_LORA_HINT,
         )
-    _refuse_variants(raw, path)
+    refuse_variants(raw, path)
     rank = _number(raw.get("r"), "r", path)
     if rank < 1 or rank != int(rank):
         raise MalformedFile("r is not a rank", where=path, expected="an integer >= 1", got=rank)
@@ -124,8 +124,12 @@ def _read_json_object(path: Path) -> dict[str, object]:
     return parse_object(file.read_bytes(0, file.size), where=path)
 
 
-def _refuse_variants(raw: Mapping[str, object], path: Path) -> None:
-    """Refuse every option that changes what the layer computes and that a plain LoRA cannot express."""
+def refuse_variants(raw: Mapping[str, object], path: Path | str) -> None:
+    """Refuse every option that changes what the layer computes and that a plain LoRA cannot express.
+
+    Raises:
+        UnsupportedModel: There is one.
+    """
     for key, value in raw.items():
         refused = key in _REFUSED_OPTIONS or (key.startswith("use_") and key not in _KEPT_USE_OPTIONS)
         if refused and value:

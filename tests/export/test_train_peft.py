@@ -23,7 +23,7 @@ from irq_export.quantize_model import quantize
 from irq_export.quantizer import IrqConfig, load_model
 from irq_formats.blocks import BlockSpec
 from irq_formats.checkpoint import open_checkpoint
-from irq_formats.errors import IrqError, MalformedFile, UsageError, WrongBase
+from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel, UsageError, WrongBase
 from irq_formats.hf_tokenizer import chat_templates
 from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
 
@@ -158,6 +158,74 @@ def test_merging_is_refused_with_the_reason(checkpoint: Path) -> None:
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(UsageError, match="not merged into a quantised base"):
             merge()
+
+
+def perturb(model: torch.nn.Module, adapter: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{adapter}" in name:
+                parameter.normal_(std=0.5 if "beta" in name else 0.05, generator=generator)
+
+
+def test_combined_adapters_keep_their_elastic_connections(checkpoint: Path, tmp_path: Path) -> None:
+    model = get_peft_model(load_model(checkpoint), IrqLoraConfig(r=4, lora_alpha=8)).eval()
+    model.add_adapter("other", IrqLoraConfig(r=8, lora_alpha=4, target_modules=["q_proj", "o_proj"]))
+    for seed, name in enumerate(("default", "other")):
+        perturb(model, name, seed)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    expected = logits(model)
+    model.add_weighted_adapter(["default"], [1.0], "twin", combination_type="linear")
+    model.set_adapter("twin")
+    assert torch.allclose(logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path, selected_adapters=["twin"])
+    ours = load_model(checkpoint)
+    attach(ours, read_peft_adapter(tmp_path / "twin"))
+    assert torch.allclose(logits(ours), expected, rtol=1e-5, atol=1e-5)
+    model.base_model.set_adapter(["default", "other"])
+    expected = logits(model)
+    for kind in ("cat", "svd"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], kind, kind, svd_rank=16)
+        model.set_adapter(kind)
+        assert torch.allclose(logits(model), expected, rtol=1e-4, atol=1e-4), kind
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+REFUSED = {
+    "lora_bias": {"lora_bias": True},
+    "bias": {"bias": "lora_only"},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [1]},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ".*(q_proj|embed_tokens)"},
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED.values(), ids=list(REFUSED))
+@pytest.mark.parametrize("iec", [True, False])
+def test_what_no_exporter_knows_is_not_trained(settings: dict[str, Any], iec: bool, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "base", tied=False, embedding=False)
+    with pytest.raises((UnsupportedModel, UsageError)) as refusal:
+        get_peft_model(load_model(tmp_path / "base"), IrqLoraConfig(r=4, irq_iec=iec, **settings))
+    assert next(iter(settings)).split("_")[0] in str(refusal.value)
+
+
+def test_other_models_and_adapters_are_left_alone(tmp_path: Path) -> None:
+    """Our tuner stands in PEFT's table for every LoRA of the process."""
+    save_tiny_model(tmp_path / "float", tied=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(r=4, **settings)).eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    again = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+    assert not torch.equal(expected, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "float")))
 
 
 def test_stock_lora_says_what_is_missing(checkpoint: Path) -> None:
