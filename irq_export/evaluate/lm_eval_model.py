@@ -58,9 +58,9 @@ class HarnessModel(LM):  # type: ignore[misc, unused-ignore]
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special=False)
 
-        if context:
+        if context.strip():  # else nothing stands before the continuation: its blanks belong to it
             return encode_pair(encode, context, continuation)
         start: Any = tokenizer.bos if tokenizer.bos is not None else (*tokenizer.stop_tokens, None)[0]
         if start is None:
             raise UnsupportedModel("an empty context needs a tokenizer with BOS")
-        return Request((start,), tuple(encode(continuation)))
+        return Request((start,), tuple(encode(context + continuation)))

@@ -14,6 +14,7 @@ import pytest
 
 from irq_export.evaluate.harness import measure_task
 from irq_export.evaluate.models import EvaluatedModel, open_model
+from irq_export.evaluate.questions import Request
 from irq_export.evaluate.tasks import Task, load_task
 from tests.tiny_models import save_tiny_model
 from tests.tiny_tokenizers import VOCAB_SIZE, save_tiny_tokenizer
@@ -108,3 +109,17 @@ def test_scores_are_those_of_lm_eval(
             for context, choice in zip(question.contexts, question.choices, strict=True)
         ]
         assert texts == ours
+
+
+@pytest.mark.parametrize("context", ["", " ", "\n\n"])
+def test_blanks_alone_are_no_context(context: str, model: EvaluatedModel) -> None:
+    """The blanks at the end of a context belong to the continuation; before them stands BOS."""
+    from lm_eval.api.instance import Instance
+
+    from irq_export.evaluate.lm_eval_model import HarnessModel
+
+    asked = [Instance("loglikelihood", {}, (context, "the fox"), 0)]
+    ((logprob, _),) = HarnessModel(model).loglikelihood(asked)
+    tokens = tuple(model.tokenizer.encode(f"{context}the fox", add_special=False))
+    (score,) = model.scorer.score([Request((model.tokenizer.bos,), tokens)])
+    assert logprob == pytest.approx(score.logprob)
