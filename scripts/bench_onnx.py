@@ -1,17 +1,20 @@
 """Speed and memory of one quantised product in onnxruntime: our library, function bodies, stock operators.
 
     scripts/bench_onnx.py                      the tables of docs/onnx-speed.md
-    scripts/bench_onnx.py --sizes 2048 --threads 1 --tokens 1 16 --json out.json
-    scripts/bench_onnx.py --tokens 1 --layers 32   time of one product among 32 of a session, as in a model
+    scripts/bench_onnx.py --tokens 1 --calls 1     one token, caches emptied by the other variants
+    scripts/bench_onnx.py --tokens 1 --calls 1 --layers 32   time of one product among 32, as in a model
     scripts/bench_onnx.py --memory             resident memory: loading and running eight 4096 x 4096 layers
 
 All variants of a size are sessions in one process, on one pool of threads, so that no session's threads
-spin beside the next one's. They take turns in random order, `--rounds` times; the table shows medians of
-wall time, and how many times faster one variant is than another, from one run. Before that, their results
-are held to each other. Inputs and outputs are bound: between variants that empty the caches, handing numpy
-arrays to any operator and back costs some 50 us. Codes are random; scales are fp16 and offsets (tau) 8-bit
-values, both widened to float, as an export has them. NF4 and INT4 have offsets in the body and in the
-library; MatMulBnb4 and MatMulNBits alone have none, so they do less.
+spin beside the next one's; one more is opened before them and not measured, because a process's first is 3
+us slower than the others, whichever it is. They take turns in random order, `--rounds` times, and run
+`--calls` times in each; the table shows medians of wall time, and how many times faster one variant is than
+another, from one run. With one call a turn the others have emptied the caches; with ten, weights come from
+the last level of cache if they fit. Before all that, results are held to each other. Inputs and outputs are
+bound: between variants that empty the caches, handing numpy arrays to any operator and back costs some 50
+us. Codes are random, of every layer its own; scales are fp16 and offsets (tau) 8-bit values, both widened
+to float, as an export has them. NF4 and INT4 have offsets in the body and in the library; MatMulBnb4 and
+MatMulNBits alone have none, so they do less.
 """
 
 from __future__ import annotations
@@ -74,36 +77,40 @@ class Row:
     ms: float
 
 
-def add_linear(ops: Ops, variant: str, size: int, a: ir.Value, name: str) -> tuple[ir.Value, list[ir.Value]]:
-    """One product with a random weight ``(size, size)``; returns its output and its initialisers."""
-    codebook, how, accuracy = VARIANTS[variant]
-    rng = np.random.default_rng(0)
+def weights(codebook: str, size: int, layer: int) -> dict[str, NDArray[np.generic]]:
+    """Codes, scale and tau of a random matrix ``(size, size)``. Every layer has its own: onnxruntime shares
+    what it prepares of equal ones, which would then come from cache."""
+    rng = np.random.default_rng(layer)
     nb = size // BLOCK
-    flat = how == "MatMulBnb4"
     mean_square = float(np.mean(np.square(CODEBOOKS[codebook].levels)))
     gain = (size * mean_square * 7 / 3) ** -0.5  # 7/3: of 1 to 2; outputs are of the inputs' size
-    values: dict[str, NDArray[np.generic]] = {
-        "codes": rng.integers(0, 256, (size, nb, BLOCK // 2), dtype=np.uint8),
-        "scale": (1 + rng.random((size, nb), dtype=np.float32))
-        * rng.choice(np.float32([-gain, gain]), (size, nb)),
+    codes = rng.integers(0, 256, (size, nb, BLOCK // 2), dtype=np.uint8)
+    scale = (1 + rng.random((size, nb), dtype=np.float32)) * rng.choice(np.float32([-gain, gain]), (size, nb))
+    tau = rng.normal(0, 0.01 / size**0.5, (size, nb)).astype(np.float32)
+    return {
+        "codes": codes.reshape(size, -1) if codebook == "nf4" else codes,
+        "scale": scale.astype(np.float16).astype(np.float32),
+        "tau": decode_dq8(*encode_dq8(tau, with_mean=False)),
     }
-    if codebook == "nf4":
-        values["codes"] = values["codes"].reshape(-1) if flat else values["codes"].reshape(size, -1)
-    if flat:
-        values["scale"] = values["scale"].reshape(-1)
-    if how in ("library", "body"):
-        tau = rng.normal(0, 0.01 / size**0.5, (size, nb)).astype(np.float32)
-        values["tau"] = decode_dq8(*encode_dq8(tau, with_mean=False))
-    values["scale"] = values["scale"].astype(np.float16).astype(np.float32)
+
+
+def add_linear(ops: Ops, variant: str, size: int, a: ir.Value, layer: int) -> tuple[ir.Value, list[ir.Value]]:
+    """One product with a random weight ``(size, size)``; returns its output and its initialisers."""
+    codebook, how, accuracy = VARIANTS[variant]
+    values = weights(codebook, size, layer)
+    if how not in ("library", "body"):
+        del values["tau"]
+    if how == "MatMulBnb4":
+        values = {key: value.reshape(-1) for key, value in values.items()}
     initialisers = [
-        ir.Value(name=f"{name}.{key}", const_value=ir.Tensor(value, name=f"{name}.{key}"))
-        for key, value in values.items()
+        ir.Value(name=name, const_value=ir.Tensor(value, name=name))
+        for name, value in ((f"layer{layer}.{key}", value) for key, value in values.items())
     ]
     shape = {"K": size, "N": size, "block_size": BLOCK}
     if how in ("library", "body"):
         op_type = Operator(codebook, BLOCK, has_tau=True).op_type
         return ops(op_type, a, *initialisers, domain=DOMAIN, codebook=codebook, **shape), initialisers
-    extra = {"quant_type": 1} if flat else {"bits": 4, "accuracy_level": accuracy}
+    extra = {"quant_type": 1} if how == "MatMulBnb4" else {"bits": 4, "accuracy_level": accuracy}
     return ops(how, a, *initialisers, domain=CONTRIB, **shape, **extra), initialisers
 
 
@@ -113,7 +120,7 @@ def write_model(path: Path, variant: str, size: int, layers: int = 1) -> None:
     ops, initialisers = Ops(), []
     value = a = ir.Value(name="A", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["M", size]))
     for layer in range(layers):
-        value, added = add_linear(ops, variant, size, value, f"layer{layer}")
+        value, added = add_linear(ops, variant, size, value, layer)
         initialisers += added
     value.name, value.type, value.shape = "Y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["M", size])
     opsets = {**OPSETS, DOMAIN: VERSION}
@@ -136,13 +143,19 @@ def open_session(path: Path, variant: str) -> onnxruntime.InferenceSession:
 
 
 def check_agreement(sessions: dict[str, onnxruntime.InferenceSession], size: int, layers: int) -> None:
-    """The library and the body compute the same thing."""
+    """Library and body agree, and so do a single product of it less tau and the stock operator."""
     a = np.random.default_rng(1).normal(0, 1, (17, size)).astype(np.float32)
-    for codebook in ("nf4", "int4"):
-        ours, body = (sessions[f"{codebook} {how}"].run(None, {"A": a})[0] for how in ("library", "body"))
-        nmse = float(np.mean((ours - body) ** 2) / np.var(body))
+    results = {variant: session.run(None, {"A": a})[0] for variant, session in sessions.items()}
+    pairs = {codebook: (f"{codebook} library", f"{codebook} body") for codebook in ("nf4", "int4")}
+    if layers == 1:
+        sums = a.reshape(17, -1, BLOCK).sum(axis=2)
+        for codebook, stock in (("nf4", "MatMulBnb4"), ("int4", "MatMulNBits acc 0")):
+            results[codebook] = results[f"{codebook} library"] - sums @ weights(codebook, size, 0)["tau"].T
+            pairs[stock] = (codebook, stock)
+    for what, (ours, theirs) in pairs.items():
+        nmse = float(np.mean((results[ours] - results[theirs]) ** 2) / np.var(results[theirs]))
         if not nmse <= 1e-11 * layers:  # two float32 sums of 4096 terms, each up to 4096 * 2^-48 / 3, a layer
-            raise SystemExit(f"{codebook}: library and body differ, NMSE {nmse}")
+            raise SystemExit(f"{what}: results differ, NMSE {nmse}")
 
 
 def bind(session: onnxruntime.InferenceSession, a: NDArray[np.float32]) -> Any:
@@ -154,16 +167,17 @@ def bind(session: onnxruntime.InferenceSession, a: NDArray[np.float32]) -> Any:
 
 
 def measure(
-    folder: Path, size: int, threads: int, tokens: list[int], rounds: int, layers: int = 1
+    folder: Path, size: int, threads: int, tokens: list[int], rounds: int, calls: int, layers: int
 ) -> list[Row]:
     """Rows of every number of tokens, with sessions of ``layers`` products. Once per process."""
     onnxruntime.set_global_thread_pool_sizes(threads, 1)
-    sessions = {}
-    for variant in VARIANTS:
-        path = folder / f"{variant}-{size}.onnx".replace(" ", "-")
+    paths = {variant: folder / f"{variant}-{size}.onnx".replace(" ", "-") for variant in VARIANTS}
+    for variant, path in paths.items():
         if not path.exists():
             write_model(path, variant, size, layers)
-        sessions[variant] = open_session(path, variant)
+    unmeasured, *opened = (open_session(paths[variant], variant) for variant in ("int4 body", *VARIANTS))
+    unmeasured.run(None, {"A": np.zeros((1, size), np.float32)})
+    sessions = dict(zip(VARIANTS, opened, strict=True))
     check_agreement(sessions, size, layers)
     shuffled = np.random.default_rng(2)
     rows = []
@@ -174,14 +188,13 @@ def measure(
         for _ in range(max(5, rounds if m < 64 else rounds // 4)):
             for variant in shuffled.permutation(list(VARIANTS)):  # who comes before decides what is in cache
                 session, binding = sessions[variant], bindings[variant]
-                begin = time.perf_counter()
-                session.run_with_iobinding(binding)
-                seconds[variant].append(time.perf_counter() - begin)
-        rows += [
-            Row(size, threads, m, variant, 1e3 * median(taken[1:]) / layers)
-            for variant, taken in seconds.items()
-        ]
-        show(rows[-len(VARIANTS) :])
+                for _ in range(calls):
+                    begin = time.perf_counter()
+                    session.run_with_iobinding(binding)
+                    seconds[variant].append(time.perf_counter() - begin)
+        ms = {variant: 1e3 * median(taken[1:]) / layers for variant, taken in seconds.items()}
+        rows += [Row(size, threads, m, variant, value) for variant, value in ms.items()]
+        show(rows[-len(ms) :])
     return rows
 
 
@@ -238,6 +251,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 512])
     parser.add_argument("--rounds", type=int, default=31, help="a quarter of it from 64 tokens on")
+    parser.add_argument("--calls", type=int, default=10, help="of a variant in its turn: 1 finds caches cold")
     parser.add_argument("--layers", type=int, default=1, help="products in a session, one after the other")
     parser.add_argument("--memory", action="store_true", help="measure memory, not speed")
     parser.add_argument("--json", type=Path)
@@ -251,7 +265,8 @@ def main() -> None:
         print("|", " | ".join(columns), "|\n|" + "---|" * len(columns))
         rows: list[Row] = []
         for size, threads in product(args.sizes, args.threads):
-            rows += in_new_process(measure, Path(name), size, threads, args.tokens, args.rounds, args.layers)
+            how = (args.tokens, args.rounds, args.calls, args.layers)
+            rows += in_new_process(measure, Path(name), size, threads, *how)
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return None

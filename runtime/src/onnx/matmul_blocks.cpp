@@ -207,15 +207,15 @@ struct MatMulBlocks::Call {
 };
 
 void MatMulBlocks::compute(OrtKernelContext *context) const {
-    const Tensor a = ort_.input(context, input_a);
+    Tensor a = ort_.input(context, input_a);
     if (a.shape.empty() || a.shape.back() != static_cast<std::int64_t>(shape_.columns)) {
         refuse(shape_.codebook, "the last dimension of A must be K = " + std::to_string(shape_.columns) + ", got " +
                                     text_of(a.shape));
     }
-    Shape y_shape = a.shape;
-    y_shape.back() = static_cast<std::int64_t>(shape_.rows);
     std::size_t tokens = 1;
     for (std::size_t i = 0; i + 1 < a.shape.size(); ++i) tokens *= static_cast<std::size_t>(a.shape[i]);
+    Shape &y_shape = a.shape;
+    y_shape.back() = static_cast<std::int64_t>(shape_.rows);
     void *y = ort_.output(context, 0, y_shape);
     if (tokens == 0) return;
 

@@ -59,9 +59,11 @@ void store_every_eighth(const Vec in[8], std::size_t flip, float *out) {
     }
 }
 
+// The row that is read first is asked for meanwhile.
 template <class T>
-void prepare_from(const Matrix &w, const T *x, float *ordered) {
-    const std::size_t columns = w.columns, flip = w.codebook == IRQ_NF4 ? 1 : 0;
+void prepare_from(const Matrix &w, const T *x, std::size_t row, float *ordered) {
+    const std::size_t columns = w.columns, flip = w.codebook == IRQ_NF4 ? 1 : 0, bytes = rows_ahead(w) * step_bytes;
+    std::size_t soon = row * columns / 2;
     float *sum = ordered + padded_columns(w);
     std::fill(sum, ordered + size(w), 0.0f);
     for (std::size_t b = 0; b < w.blocks_per_row(); ++b) {
@@ -72,7 +74,8 @@ void prepare_from(const Matrix &w, const T *x, float *ordered) {
         }
         sum[b] = _mm512_reduce_add_ps(total);
     }
-    for (std::size_t c = 0; c < columns; c += step_columns, ordered += step_columns) {
+    for (std::size_t c = 0; c < columns; c += step_columns, ordered += step_columns, soon += bytes) {
+        prefetch(w.data, soon, bytes);
         Vec in[8];
         for (std::size_t i = 0; i < 8; ++i) {
             const std::size_t at = c + i * width;
@@ -82,9 +85,9 @@ void prepare_from(const Matrix &w, const T *x, float *ordered) {
     }
 }
 
-void prepare(const Matrix &w, const void *x, bool is_half, float *prepared) {
-    if (is_half) prepare_from(w, static_cast<const std::uint16_t *>(x), prepared);
-    else prepare_from(w, static_cast<const float *>(x), prepared);
+void prepare(const Matrix &w, const void *x, bool is_half, std::size_t row, float *prepared) {
+    if (is_half) prepare_from(w, static_cast<const std::uint16_t *>(x), row, prepared);
+    else prepare_from(w, static_cast<const float *>(x), row, prepared);
 }
 
 // index[i]: nibble i of every word in the low bits, anything above.
@@ -117,6 +120,7 @@ struct Blocks {
     static constexpr bool adds_tau = true;
 };
 using Values = ScaleWindow<Avx512, Blocks>;
+static_assert(most_blocks_of_a_row <= rows_at_once * max_blocks);  // what a window holds
 
 // What R rows' taus add to their sums. Its own loop, because the other one needs every register.
 template <std::size_t R>
@@ -171,14 +175,13 @@ template <std::size_t R, std::size_t block>
 
 template <std::size_t block>
 void multiply_rows_of(const Matrix &w, const void *x, bool is_half, float *prepared, RowQueue *queue, float *y) {
-    const std::size_t nb = w.columns / block, row_bytes = w.columns / 2, ahead = rows_ahead(w);
+    const std::size_t nb = w.columns / block, ahead = rows_ahead(w);
     const std::size_t at_once = nb <= max_blocks ? rows_at_once : 1;
     Values values(w, at_once * nb);
     Rows rows = queue->take(), next = rows;
     if (rows.is_empty()) return;
-    prepare(w, x, is_half, prepared);
     values.prefetch_from(rows.begin * nb);
-    prefetch(w.data, rows.begin * row_bytes, std::min(ahead, rows.end - rows.begin) * row_bytes);
+    prepare(w, x, is_half, rows.begin, prepared);
     // The row that is asked for while row r is read.
     const auto soon = [&](std::size_t r) {
         if (r + ahead < rows.end) return r + ahead;
