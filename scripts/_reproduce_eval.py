@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from _reproduce_data import BUCKET, Choices, Sequences
@@ -50,7 +52,7 @@ def log_likelihood(model: Arms, sequences: Sequences, budget: int = 1 << 18) -> 
         where, target, who = (torch.tensor(x, device=device) for x in (positions, targets, owner))
         for arm in range(model.arms):
             for w, t, o in zip(*(torch.split(x, _POSITIONS) for x in (where, target, who)), strict=True):
-                logp = -F.cross_entropy(model.logits(hidden[arm, w]).float(), t, reduction="none")
+                logp = -F.cross_entropy(model.exact_logits(hidden[arm, w]), t, reduction="none")
                 found[arm].index_add_(0, o, logp.double())
     return found.cpu().numpy()
 
@@ -60,10 +62,10 @@ def divergence(model: Arms, reference: Arms, windows: Tensor) -> np.ndarray:
     """Mean KL(reference || arm), nats a token, of each window (n, L): (arms, n)."""
     found = np.zeros((model.arms, len(windows)))
     for i, window in enumerate(windows):
-        truth = F.log_softmax(reference.logits(reference.hidden(window[None, None])[0]).float(), dim=-1)
+        truth = F.log_softmax(reference.exact_logits(reference.hidden(window[None, None])[0]), dim=-1)
         hidden = model.hidden(window[None, None])
         for arm in range(model.arms):
-            logp = F.log_softmax(model.logits(hidden[arm]).float(), dim=-1)
+            logp = F.log_softmax(model.exact_logits(hidden[arm]), dim=-1)
             found[arm, i] = float((truth.exp() * (truth - logp)).sum(-1).mean())
     return found
 
@@ -71,14 +73,15 @@ def divergence(model: Arms, reference: Arms, windows: Tensor) -> np.ndarray:
 def _accuracy(scores: np.ndarray, task: Choices, normalised: bool) -> np.ndarray:
     """Share of the questions whose best choice is right: scores (arms, n) to (arms,).
 
-    Of a task with subjects the mean of their shares.
+    Of equal choices the first is taken, as `irq-export evaluate` does. Of a task with subjects the mean of
+    their shares.
     """
     if normalised:
         scores = scores / np.maximum(task.characters, 1)
     edges = np.flatnonzero(np.diff(task.question, prepend=-1))
-    best = np.maximum.reduceat(scores, edges, axis=1)  # (arms, questions)
-    gold = np.maximum.reduceat(np.where(task.gold, scores, -np.inf), edges, axis=1)
-    right = gold >= best  # (arms, questions)
+    spans = pairwise([*edges.tolist(), scores.shape[1]])
+    best = np.stack([start + scores[:, start:end].argmax(axis=1) for start, end in spans], axis=1)
+    right = task.gold[best]  # (arms, questions)
     if task.subject is None:
         return right.mean(axis=1)
     subject = task.subject[edges]
@@ -98,7 +101,8 @@ def evaluate(
 
     Returns:
         For each arm: ``loss`` (nats a token of the held-out answers), ``perplexity`` (wikitext-2), ``books``
-        (perplexity of the held-out books), ``nll`` (of each window of wikitext-2), and the tasks' accuracies.
+        (perplexity of the held-out books), ``nll`` (of each window of wikitext-2), and the tasks' accuracies
+        with the rule for ``ties``.
     """
     rows: list[dict[str, object]] = [{} for _ in range(model.arms)]
 
@@ -115,5 +119,9 @@ def evaluate(
             put("nll", nats / counts)
     for name, task in data.items():
         if isinstance(task, Choices) and tasks:
+            for row in rows:
+                row["ties"] = (
+                    "first"  # which of equal choices is taken; rows up to November 2026: the right one
+                )
             put(name, _accuracy(log_likelihood(model, task.sequences), task, name != "boolq"))
     return rows

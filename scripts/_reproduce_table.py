@@ -38,6 +38,8 @@ QUESTIONS: tuple[tuple[str, str, str], ...] = (
     ("16 bits", "LoRA, 16 bits", "QLoRA"),
 )
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "boolq", "hellaswag")
+#: Tasks whose choices are one token, often of equal likelihood where logits are bfloat16.
+_ONE_TOKEN = ("boolq", "mmlu")
 #: Groups of consecutive windows of wikitext-2, over which intervals are taken.
 GROUPS = 64
 #: 97.5 % points of Student's t for 1, 2, ... degrees of freedom.
@@ -221,7 +223,18 @@ def _choices(rows: list[Row], model: str, codebook: str) -> list[str]:
             cells = [f"{m:.1f}" for m in (*means, np.mean(means))]
             cells += [f"{100 * float(np.mean([row[task] for row in of_arm])):.1f}" for task in more]
             lines.append([stage, name, *cells])
-    return _markdown(["", "base or arm", *tasks, "mean", *more], lines)
+    names = {
+        task: task if task not in _ONE_TOKEN or _is_first(before + after) else f"{task}, ties right"
+        for task in (*tasks, *more)
+    }
+    return _markdown(
+        ["", "base or arm", *(names[t] for t in tasks), "mean", *(names[t] for t in more)], lines
+    )
+
+
+def _is_first(rows: list[Row]) -> bool:
+    """Whether the first of equal choices was taken, and not, as once, the right one."""
+    return all(row.get("ties") == "first" for row in rows if TASKS[0] in row)
 
 
 def tables(rows: list[Row]) -> str:

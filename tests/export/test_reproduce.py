@@ -189,6 +189,70 @@ def test_a_subject_counts_once_in_mmlu() -> None:
     assert _accuracy(scores[:, :6], choices.first(3), normalised=False) == pytest.approx(1 / 3)
 
 
+def _questions(gold: list[int]) -> object:
+    """Questions of two choices."""
+    from _reproduce_data import Choices, Sequences
+
+    right = np.array([[c == g for c in range(2)] for g in gold]).ravel()
+    pairs = [([1, 2], 1)] * len(right)
+    return Choices(
+        Sequences.of(pairs), np.repeat(np.arange(len(gold)), 2), right, np.ones(len(right), np.int32)
+    )
+
+
+def test_the_first_of_equal_choices_counts() -> None:
+    """As in `irq-export evaluate`: an answer that shares the first place is not right for it."""
+    from _reproduce_eval import _accuracy
+    from reproduce_paper_rounding import verdicts
+
+    task = _questions([0, 1, 1, 0])
+    scores = np.array([[2.0, 2.0, 3.0, 3.0, 0.0, 1.0, 0.0, 1.0]])  # tied right, tied wrong, right, wrong
+    assert _accuracy(scores, task, normalised=False) == pytest.approx(0.5)
+    found = verdicts(scores, task)
+    assert found.first.tolist() == [[True, False, True, False]]
+    assert found.some.tolist() == [[True, True, True, False]]
+    assert found.tied.tolist() == [[True, True, False, False]]
+
+
+def test_arms_in_bfloat16_have_logits_in_float32() -> None:
+    """Tokens whose embeddings differ by less than the grid of bfloat16 logits are told apart."""
+    from _reproduce_data import Sequences
+    from _reproduce_eval import divergence, log_likelihood
+    from _reproduce_model import KINDS, Arms, Shape, Weights
+
+    shape = Shape(layers=1, hidden=64, ffn=96, heads=4, kv_heads=2, vocab=8, eps=1e-5, theta=1e4)
+    torch.manual_seed(0)
+    linears = {kind: torch.zeros((1, 1, *shape.linear(kind)), dtype=torch.bfloat16) for kind in KINDS}
+    embedding = torch.full((8, 64), 0.25)
+    embedding[3, 0] += 2**-7  # of a logit of 16: 0.008, where bfloat16 steps by 0.125
+    weights = Weights(embedding.bfloat16(), torch.ones((3, 64), dtype=torch.bfloat16), linears)
+    model = Arms(shape, weights)
+    pairs = [([1, 2, choice], 2) for choice in (3, 4)]
+    (scores,) = log_likelihood(model, Sequences.of(pairs))
+    hidden = model.hidden(torch.tensor([[[1, 2]]]))
+    rounded = model.logits(hidden)[0, -1]
+    assert rounded[3] == rounded[4]
+    assert scores[0] - scores[1] == pytest.approx(2**-7, rel=1e-3)
+    assert divergence(model, model, torch.tensor([[1, 2, 3]])).item() == 0
+
+
+def test_the_page_says_what_the_rounding_was_worth(repo: Path) -> None:
+    from reproduce_paper_rounding import table
+
+    lines = (repo / "docs" / "paper-rounding.jsonl").read_text("utf-8").splitlines()
+    page = (repo / "docs" / "paper.md").read_text("utf-8")
+    assert table([json.loads(line) for line in lines]) in page
+
+
+def test_tables_say_which_of_equal_choices_was_taken() -> None:
+    from _reproduce_table import TASKS, _choices
+
+    row = {"model": "m", "stage": "before", "codebook": "none", "arm": "full", "mmlu": 0.25}
+    row |= dict.fromkeys(TASKS, 0.5)
+    assert "| boolq, ties right | hellaswag | mean | mmlu, ties right |" in _choices([row], "m", "nf4")[0]
+    assert "| boolq | hellaswag | mean | mmlu |" in _choices([row | {"ties": "first"}], "m", "nf4")[0]
+
+
 def test_books_are_cut_one_behind_the_other(repo: Path) -> None:
     from _reproduce_data import _book_windows
     from tokenizers import Tokenizer
