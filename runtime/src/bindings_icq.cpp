@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -31,7 +32,7 @@ auto array(std::unique_ptr<Number[]> data, std::size_t rows, std::size_t columns
 // Blocks that a thread takes at a time. Sums are over these first, so they do not depend on the threads.
 constexpr std::size_t share = 1024;
 
-// Calls work(share number, first block, end) for all shares of n blocks.
+// Calls work(share number, first block, end) for all shares of n blocks, on as many threads as the system gives.
 template <typename Work>
 void share_out(std::size_t n, std::size_t threads, const Work &work) {
     nb::gil_scoped_release unlocked;
@@ -40,8 +41,13 @@ void share_out(std::size_t n, std::size_t threads, const Work &work) {
     const auto run = [&] {
         for (std::size_t i; (i = next++) < shares;) work(i, i * share, std::min(n, (i + 1) * share));
     };
+    const std::size_t wanted = std::min(threads, shares);
     std::vector<std::thread> others;
-    for (std::size_t i = 1; i < std::min(threads, shares); ++i) others.emplace_back(run);
+    others.reserve(wanted);
+    try {
+        while (others.size() + 1 < wanted) others.emplace_back(run);
+    } catch (const std::system_error &) {  // those that began, and this one, take all the shares
+    }
     run();
     for (std::thread &other : others) other.join();
 }
