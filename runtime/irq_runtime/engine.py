@@ -66,7 +66,8 @@ class Engine:
         threads: How many compute.
 
     Raises:
-        UsageError: No such file, the base of a pair without its adapter, or an option is out of range.
+        UsageError: No such file, the base of a pair without its adapter, a scale without an adapter, or an
+            option is out of range.
         MalformedFile: A file breaks its specification.
         UnsupportedModel: Another architecture, or a tensor type the engine does not compute with.
         WrongBase: The adapter belongs to another base, or to another pair.

@@ -203,6 +203,6 @@ def load_model(
         MalformedFile: A file breaks its specification.
         UnsupportedModel: Another architecture, or a block type the reference does not decode.
         WrongBase: The adapter belongs to another base, or to another pair.
-        UsageError: The base of a pair without its adapter.
+        UsageError: The base of a pair without its adapter, or a scale without an adapter.
     """
     return ReferenceModel(open_weights(path, adapter, adapter_scale))

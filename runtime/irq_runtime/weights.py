@@ -128,8 +128,8 @@ def open_weights(
         MalformedFile: A file breaks its specification.
         UnsupportedModel: The architecture is not one of ours.
         WrongBase: The adapter was trained against another base, or is not of the base's pair.
-        UsageError: Both an embedded and a separate adapter, the base of a pair without its adapter, or a
-            scale that is not finite.
+        UsageError: Both an embedded and a separate adapter, the base of a pair without its adapter, a scale
+            that is not finite, or one but 1 without an adapter.
     """
     if not math.isfinite(adapter_scale):
         raise UsageError("the scale of the adapter is not a number", got=adapter_scale)
@@ -141,6 +141,8 @@ def open_weights(
     architecture = fields.string("general.architecture")
     open_source = _irq_source if architecture == ARCHITECTURE else _stock_source
     source = open_source(model, other)
+    if adapter_scale != 1 and not source.adapter:
+        raise UsageError("there is no adapter to scale", where=path, got=f"scale {adapter_scale:g}")
     layers = {
         name: replace(layer, scaling=layer.scaling * adapter_scale) for name, layer in source.adapter.items()
     }

@@ -66,6 +66,7 @@ class Weight {
     Weight(const std::string &format, const std::string &codebook, std::size_t block_size, std::size_t columns,
            Bytes data)
         : data_(data) {
+        if (block_size == 0) throw nb::value_error("blocks of no values");
         w_.format = format_of(format);
         if (w_.format == irq::Format::blocks) {
             w_.codebook = choice<irq_codebook>(irq_codebook_name, codebook);

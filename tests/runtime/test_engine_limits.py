@@ -7,11 +7,12 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_files import block_tensors, model_config, source, state_f32, write_irq
+from tiny_files import block_tensors, model_config, source, state_f32, write_irq, write_stock
 from tiny_models import tiny_model
 
 from irq_formats.blocks import BlockSpec
@@ -19,6 +20,7 @@ from irq_formats.errors import UsageError
 from irq_formats.gguf import STR, GgmlType, TensorSource, write_gguf
 from irq_formats.gguf.model_keys import model_metadata
 from irq_runtime.engine import Engine
+from irq_runtime.reference import load_model
 
 LIMITED = """
 import resource, sys
@@ -74,6 +76,21 @@ def test_context_is_the_models_at_most(irq_file: Path) -> None:
         engine.step([1] * context, cache)
         with pytest.raises(UsageError, match=hint):
             engine.step([1], cache)
+
+
+@pytest.mark.parametrize("open_model", [Engine, load_model])
+@pytest.mark.parametrize("is_stock", [False, True], ids=["irq", "stock"])
+def test_a_scale_needs_an_adapter(
+    open_model: Callable[..., object], is_stock: bool, irq_file: Path, tmp_path: Path
+) -> None:
+    """Who gives one believes that there is an adapter."""
+    file = irq_file
+    if is_stock:
+        file = tmp_path / "m.gguf"
+        write_stock(file, tiny_model())
+    with pytest.raises(UsageError, match=r"no adapter to scale.* got scale 0\.5"):
+        open_model(file, None, 0.5)
+    open_model(file, None, 1.0)
 
 
 @pytest.mark.parametrize("wanted", ["sse9", "neon" if platform.machine() == "x86_64" else "avx2"])

@@ -266,3 +266,5 @@ def test_wrong_shapes_are_refused() -> None:
         _native.Weight("blocks", "nf4", 64, 128, np.zeros((4, 64), np.uint8)).dequantize()
     with pytest.raises(ValueError, match="unknown name"):
         _native.Weight("blocks", "nf5", 64, 128, np.zeros((4, 64), np.uint8))
+    with pytest.raises(ValueError, match="no values"):
+        _native.Weight("blocks", "nf4", 0, 128, np.zeros((4, 64), np.uint8))

@@ -41,7 +41,7 @@ typedef enum irq_mode {
 typedef struct irq_options {
     const char *adapter;  /* adapter file, or NULL: what the model embeds. A base.gguf whose offsets lie in
                              its adapter.gguf is refused without it */
-    double adapter_scale; /* 1: as trained */
+    double adapter_scale; /* 1: as trained; without an adapter nothing else is taken */
     uint32_t threads;     /* 1 to 256 */
     irq_mode mode;
     size_t context;       /* positions a sequence may hold, no more than the model was trained on; 0: as

@@ -72,6 +72,9 @@ Model::Model(const std::string &path, const std::string &adapter, double adapter
     } else {
         read_stock(adapter, adapter_scale, folded);
     }
+    if (folded.empty() && adapter_scale != 1) {
+        throw Error(Fault::usage, "there is no adapter to scale", path, "", "scale " + show(adapter_scale));
+    }
     check_adapter_fits(folded, config_, adapter.empty() ? path : adapter);
 
     embedding_ = matrix("token_embd.weight");
