@@ -53,7 +53,8 @@ class TextStream:
             return ""
         fresh = self._fresh()
         self._taken = len(self._ids)
-        return self._release(fresh, final=True)
+        whole = fresh.rstrip(_REPLACEMENT)  # byte tokens may give one each, whole characters of theirs too
+        return self._release(whole + fresh[len(whole) :][:1], final=True)
 
     def _fresh(self) -> str:
         """Return the text that the tokens after the taken ones add.

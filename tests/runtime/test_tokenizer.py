@@ -13,6 +13,7 @@ from irq_formats.errors import MalformedFile, UnsupportedModel
 from irq_formats.gguf import BOOL, STR, U32, GgufValue, open_gguf, write_gguf
 from irq_runtime.text_stream import TextStream
 from irq_runtime.tokenizer import Tokenizer, load_tokenizer
+from tests.tiny_tokenizers import save_tiny_tokenizer
 
 TEXT = "Grüße, 世界! 👩‍👩‍👧 naïve  spaces\n\ttab  'quotes' 1234 \u0000 end"
 
@@ -146,6 +147,13 @@ class TestStream:
         ids = tokenizer.encode("aé")[:-1]
         assert [stream.push(token) for token in ids] == ["a", ""]
         assert stream.finish() == "\ufffd"
+
+    def test_unfinished_character_after_one_of_byte_tokens(self, tmp_path: Path) -> None:
+        """Tokenizers' ByteFallback then gives U+FFFD for every byte of both."""
+        model = save_tiny_tokenizer(tmp_path, "sentencepiece", bos=False)
+        stream = TextStream(Tokenizer(model))
+        ids = [model.token_to_id(f"<0x{byte:02X}>") for byte in "字字".encode()[:-1]]
+        assert "".join(stream.push(token) for token in ids) + stream.finish() == "字\ufffd"
 
     @pytest.mark.parametrize(
         ("text", "stop", "expected", "stopped"),
