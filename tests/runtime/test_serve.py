@@ -88,7 +88,7 @@ class TestCompletions:
             ({"max_tokens": None}, 16),
             ({"max_tokens": 0}, 0),
             ({"n_predict": 3}, 3),
-            ({"max_tokens": 9, "max_completion_tokens": 4}, 4),
+            ({"max_tokens": 4, "max_completion_tokens": 4}, 4),
         ):
             reply = post(client, prompt=PROMPT, ignore_eos=True, **names)
             assert reply["usage"]["completion_tokens"] == count
@@ -200,6 +200,8 @@ class TestStreams:
         *parts, usage = chunks
         assert len(parts) > 20
         assert usage["choices"] == []
+        assert all(part["usage"] is None for part in parts)
+        assert not any("usage" in part for part in events_of(client, path, **body))
         assert {**usage["usage"], "prompt_tokens_details": 0} == {
             **whole["usage"],
             "prompt_tokens_details": 0,

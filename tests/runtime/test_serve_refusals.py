@@ -30,7 +30,8 @@ BAD_BODIES: dict[str, tuple[str | bytes, str]] = {
     "empty prompt": ('{"prompt": [[]]}', "prompt is empty"),
     "unknown token": ('{"prompt": [1024]}', "no such token"),
     "negative token": ('{"prompt": [-1]}', "no such token"),
-    "booleans": ('{"prompt": [true]}', "prompt"),
+    "booleans": ('{"prompt": [1, true]}', "prompt.0.1: Input should be a valid integer"),
+    "an object": ('{"prompt": ["a", {}]}', "prompt.1: Input should be a valid string"),
     "half a character": ('{"prompt": "\\ud800"}', "surrogate"),
     "half a name": ('{"prompt": "x", "model": "\\ud800"}', "surrogate"),
     "nan": ('{"prompt": "x", "temperature": NaN}', "temperature"),
@@ -48,7 +49,17 @@ BAD_BODIES: dict[str, tuple[str | bytes, str]] = {
     "grammar": ('{"prompt": "x", "grammar": "root ::= x"}', "grammar is not supported"),
     "what nobody knows": ('{"prompt": "x", "n_keep\\ud800": 0}', "n_keep\\ud800 is not supported"),
     "copies": ('{"prompt": "x", "n": 1000}', "n: "),
-    "long stop": ('{"prompt": "x", "stop": "' + "x" * 300 + '"}', "stop"),
+    "long stop": (
+        '{"prompt": "x", "stop": ["a", "' + "x" * 300 + '"]}',
+        "stop.1: String should have at most 256",
+    ),
+    "many stops": (json.dumps({"prompt": "x", "stop": ["x"] * 17}), "stop: List should have at most 16"),
+    "limits that differ": ('{"prompt": "x", "max_tokens": 9, "n_predict": 4}', "max_tokens is given twice"),
+    "options of no stream": ('{"prompt": "x", "stream_options": {}}', "stream_options is of a stream"),
+    "unknown option": (
+        '{"prompt": "x", "stream": true, "stream_options": {"a": 1}}',
+        "stream_options.a: Extra",
+    ),
     "tools": ('{"prompt": "x", "tools": [{}]}', "tools is not supported"),
 }
 
@@ -89,6 +100,34 @@ class TestRefusals:
         reply = client.post("/v1/chat/completions", json={"messages": messages})
         assert reply.status_code == 400
         assert reply.json()["error"]["param"] == "messages"
+
+    def test_which_part_of_a_message_is_bad(self, client: httpx.Client) -> None:
+        parts = [{"type": "text", "text": "x"}, {"type": "image_url", "text": "x"}]
+        messages = [{"role": "user", "content": parts}]
+        reply = client.post("/v1/chat/completions", json={"messages": messages})
+        assert "messages.0.content.1.type: String" in reply.json()["error"]["message"]
+
+    def test_top_logprobs_alone(self, client: httpx.Client) -> None:
+        body = {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 3}
+        reply = client.post("/v1/chat/completions", json=body)
+        assert (reply.status_code, reply.json()["error"]["message"]) == (
+            400,
+            "top_logprobs needs logprobs: true",
+        )
+
+    def test_a_template_that_fails(self, demo: Path) -> None:
+        """The client is told: who sent what the template does not expect can mend it, retries cannot."""
+
+        def change(tokenizer: Tokenizer) -> None:
+            tokenizer.chat_template = "{{ messages[0].content + suffix }}"
+
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        with client_of(demo, change) as client:
+            post(client, "chat/completions", **body, chat_template_kwargs={"suffix": "!"})
+            body["chat_template_kwargs"] = {"suffix": 3}
+            reply = client.post("/v1/chat/completions", json=body)
+            assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+            assert "can only concatenate str" in reply.json()["error"]["message"]
 
     def test_other_paths_and_models(self, client: httpx.Client) -> None:
         assert client.get("/v1/engines").json()["error"]["message"] == "Not Found"

@@ -75,20 +75,23 @@ class Flight:
 
     async def stream(self, form: Format, *, with_usage: bool) -> AsyncIterator[str]:
         """Yield the reply as server-sent events; a failure is the last but one of them."""
+        usage: dict[str, Json | None] = {"usage": None} if with_usage else {}
         for index in range(len(self._generations)):
             opening = form.opening(index)
             if opening is not None:
-                yield _sse(form.chunk([opening]))
+                yield _sse(form.chunk([opening], **usage))
         ends: dict[int, Done] = {}
         try:
             async for index, event in self._until_done():
                 if isinstance(event, Delta):
-                    yield _sse(form.chunk([form.delta(index, event.text, event.logprobs or None, None)]))
+                    yield _sse(
+                        form.chunk([form.delta(index, event.text, event.logprobs or None, None)], **usage)
+                    )
                 else:
                     ends[index] = event
-                    yield _sse(form.chunk([form.delta(index, "", None, event.reason)]))
+                    yield _sse(form.chunk([form.delta(index, "", None, event.reason)], **usage))
             if with_usage:
-                yield _sse(form.chunk([], self._usage(ends)))
+                yield _sse(form.chunk([], usage=self._usage(ends)))
         except IrqError as error:
             yield _sse(error_body(error))
         yield "data: [DONE]\n\n"

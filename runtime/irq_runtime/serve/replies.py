@@ -49,10 +49,9 @@ class Format:
         """Return a whole reply."""
         return {"object": self.whole_kind, **self._header, "choices": list(choices), "usage": usage}
 
-    def chunk(self, choices: Sequence[Json], usage: Json | None = None) -> Json:
-        """Return a chunk of a stream."""
-        chunk = {"object": self.chunk_kind, **self._header, "choices": list(choices)}
-        return chunk if usage is None else {**chunk, "usage": usage}
+    def chunk(self, choices: Sequence[Json], **usage: Json | None) -> Json:
+        """Return a chunk of a stream; ``usage`` is null before the last if the stream ends with it."""
+        return {"object": self.chunk_kind, **self._header, "choices": list(choices), **usage}
 
 
 class CompletionFormat(Format):

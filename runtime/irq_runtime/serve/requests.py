@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from irq_runtime.sampling import SamplingParams
@@ -61,17 +71,30 @@ def _few(values: Any) -> Any:
     return values
 
 
+def _several(value: Any) -> Any:
+    """Return one text, or the tokens of one, as a list of one."""
+    is_tokens = isinstance(value, list) and value and not isinstance(value[0], str | list)
+    return [value] if isinstance(value, str) or is_tokens else value
+
+
+def _form(value: Any) -> str:
+    return "[list]" if isinstance(value, list) else "[text]"
+
+
 def _whole_values(values: dict[str, Any]) -> dict[str, Any]:
     _whole_text(json.dumps(values, ensure_ascii=False))
     return values
 
 
 _Text = Annotated[str, AfterValidator(_whole_text)]
-_Stop = Annotated[_Text, Field(max_length=256)]
+_Stop = Annotated[str, Field(max_length=256), AfterValidator(_whole_text)]
 _Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _FIRST_FAULT = Field(fail_fast=True)  # a list of all faults takes seconds
-_Tokens = Annotated[list[Annotated[int, Field(strict=True)]], _FIRST_FAULT]
+_Tokens = Annotated[list[Annotated[int, Strict()]], _FIRST_FAULT]
+_TEXT, _LIST = Tag("[text]"), Tag("[list]")
+_BY_FORM = Discriminator(_form)  # else a list is told that it is no text
+_Prompt = Annotated[Annotated[_Text, _TEXT] | Annotated[_Tokens, _LIST], _BY_FORM]
 
 _MOST_BIASES = 1024
 
@@ -82,7 +105,10 @@ _GREEDY_BELOW = 1e-5
 class StreamOptions(BaseModel):
     """Of a streamed reply."""
 
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Request(BaseModel):
@@ -102,7 +128,7 @@ class Request(BaseModel):
     logit_bias: Annotated[dict[_Token, _Bias], BeforeValidator(_few)] = {}
     ignore_eos: bool = False
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)  # -1 is null too, as in llama.cpp and vLLM
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16)] = []
+    stop: Annotated[list[_Stop], Field(max_length=16), BeforeValidator(_several)] = []
     n: int = Field(1, ge=1, le=16)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -115,18 +141,20 @@ class Request(BaseModel):
         given = {
             name: value for name, value in data.items() if value is not None and name not in _WITHOUT_EFFECT
         }
-        for name in _ALIASES.keys() & given:
-            given[_ALIASES[name]] = given.pop(name)
+        for alias, name in _ALIASES.items():
+            if alias in given and given.setdefault(name, given[alias]) != given.pop(alias):
+                raise PydanticCustomError("two_names", "{name} is given twice, and differs", {"name": name})
         for name in given.keys() - cls.model_fields.keys():
             if given.pop(name) not in _NEUTRAL.get(name, ()):
                 shown = name[:64].encode("ascii", "backslashreplace").decode()
                 raise PydanticCustomError("unsupported", "{name} is not supported", {"name": shown})
         return given
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The strings that end a text."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    @model_validator(mode="after")
+    def _streamed(self) -> Request:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("alone", "stream_options is of a stream")
+        return self
 
     @property
     def wants_usage(self) -> bool:
@@ -153,7 +181,7 @@ class Request(BaseModel):
 class CompletionRequest(Request):
     """Body of ``/v1/completions``."""
 
-    prompt: _Text | _Tokens | Annotated[list[_Text], _FIRST_FAULT] | Annotated[list[_Tokens], _FIRST_FAULT]
+    prompt: Annotated[list[_Prompt], _FIRST_FAULT, BeforeValidator(_several)]
     max_tokens: int = Field(16, ge=-1)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
@@ -164,14 +192,6 @@ class CompletionRequest(Request):
             raise PydanticCustomError("too_many", "with echo, logprobs is at most 5")
         return self
 
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, each as text or tokens."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        tokens = [item for item in self.prompt if isinstance(item, int)]
-        return [tokens] if tokens else [item for item in self.prompt if not isinstance(item, int)]
-
 
 class TextPart(BaseModel):
     """A piece of a message; only text."""
@@ -180,11 +200,14 @@ class TextPart(BaseModel):
     text: _Text
 
 
+_Content = Annotated[Annotated[_Text, _TEXT] | Annotated[list[TextPart], _FIRST_FAULT, _LIST], _BY_FORM]
+
+
 class Message(BaseModel):
     """One turn of a conversation; what else it says of itself is not shown to the template."""
 
     role: _Text = Field(min_length=1, max_length=64)
-    content: _Text | Annotated[list[TextPart], _FIRST_FAULT] | None = None
+    content: _Content | None = None
     tool_calls: list[Any] | None = Field(None, max_length=0)
 
     @property
@@ -204,3 +227,9 @@ class ChatRequest(Request):
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_whole_values)] = {}
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _shown(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("alone", "top_logprobs needs logprobs: true")
+        return self

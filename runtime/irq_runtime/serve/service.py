@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from irq_formats.errors import UsageError
+from irq_formats.errors import MalformedFile, UsageError
 from irq_runtime.serve.errors import NoSuchModel, PromptTooLong
 from irq_runtime.serve.generation import Generation
 from irq_runtime.serve.options import ServeOptions
@@ -45,21 +45,21 @@ class Service:
         """
         self.check_model(request.model)
         most = self.options.queue + self.options.sequences
-        if len(request.prompts) * request.n > most:
+        if len(request.prompt) * request.n > most:
             raise UsageError("too many texts", expected=f"at most {most}", hint="Send several requests")
-        prompts = [self._tokens(prompt) for prompt in request.prompts]
+        prompts = [self._tokens(prompt) for prompt in request.prompt]
         generations = self._generations(request, prompts, request.logprobs)
         if not request.echo:
             return generations
-        texts = [self._text(prompt) for prompt in request.prompts for _ in range(request.n)]
+        texts = [self._text(prompt) for prompt in request.prompt for _ in range(request.n)]
         return [replace(asked, echo=text) for asked, text in zip(generations, texts, strict=True)]
 
     def chat(self, request: ChatRequest) -> list[Generation]:
         """Return what a chat asks for, ``n`` generations.
 
         Raises:
-            UsageError: The model has no chat template, it refuses the messages, or a token is unknown.
-            MalformedFile: The template is broken.
+            UsageError: The model has no chat template, it refuses the messages or fails on them, or a token
+                is unknown.
             PromptTooLong: The conversation exceeds the limit.
             NoSuchModel: Another model is asked for.
         """
@@ -67,9 +67,11 @@ class Service:
         if self.tokenizer.chat_template is None:
             raise UsageError("the model has no chat template", hint="Use /v1/completions")
         messages = [{"role": message.role, "content": message.text} for message in request.messages]
-        prompt = self.tokenizer.encode(
-            self.tokenizer.render_chat(messages, variables=request.chat_template_kwargs), add_special=False
-        )
+        try:
+            text = self.tokenizer.render_chat(messages, variables=request.chat_template_kwargs)
+        except MalformedFile as error:  # a server cannot tell a broken template from what it does not expect
+            raise UsageError("the chat template fails on this request", got=error.got) from error
+        prompt = self.tokenizer.encode(text, add_special=False)
         return self._generations(request, [prompt], request.top_logprobs if request.logprobs else None)
 
     def check_model(self, asked: str | None) -> None:
@@ -108,7 +110,7 @@ class Service:
                 request.sampling(
                     self.context - len(prompt), (first + copy) % (1 << 64), self.tokenizer.stop_tokens
                 ),
-                request.stop_strings,
+                tuple(request.stop),
                 logprobs,
             )
             for prompt in prompts
