@@ -48,7 +48,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def compact(row: Row) -> Row:
     """A row as it is kept in the repository: windows in groups, no training curve, five digits."""
-    kept = {key: value for key, value in row.items() if key not in ("curve", "recipe")}
+    kept = {key: value for key, value in row.items() if key not in ("curve", "recipe", "setting")}
     if "nll" in kept:
         kept["nll"] = [float(np.mean(part)) for part in np.array_split(row["nll"], GROUPS)]
     return {key: _short(value) for key, value in kept.items()}

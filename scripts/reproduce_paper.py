@@ -1,7 +1,8 @@
 """Reproduce IR-QLoRA's ablation on a small model, all arms side by side, row by row.
 
-Rows are JSON lines; a row that is there is not computed again, so that runs add up. The steps, for
-SmolLM2-135M (a GPU; `get_smollm2.py` fetches it) and for the demo model (seconds on a GPU, hours on a CPU):
+Rows are JSON lines; a row that is there is not computed again, so that runs add up; rows of another base, data,
+rank, rate or number of questions are refused. The steps, for SmolLM2-135M (a GPU; `get_smollm2.py` fetches it)
+and for the demo model (seconds on a GPU, hours on a CPU):
 
     python scripts/reproduce_paper.py prepare ../shared/data irq_export/demo_model build/paper/demo.npz
     python scripts/reproduce_paper.py prepare ../shared/data ../smollm2/hf build/paper/smol.npz --books 8000
@@ -16,6 +17,7 @@ arms are taken seed by seed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -64,14 +66,39 @@ ARMS: dict[str, tuple[str, bool, bool]] = {
 KEY = ("model", "stage", "codebook", "arm", "seed", "steps", "data")
 
 
-class Rows:
-    """The results: JSON lines, appended one by one."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, but for a last one that was cut off while it was written."""
+    return [
+        json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line[-1:] == "\n"
+    ]
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+
+def fingerprint(path: Path) -> str:
+    """A hash of what a base or a data file holds."""
+    with (path / "model.safetensors" if path.is_dir() else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+class Rows:
+    """The results: JSON lines, appended one by one.
+
+    Rows of one model have one setting: what they were computed from and how, but for what `KEY` names.
+    """
+
+    def __init__(self, path: Path, model: str, setting: dict[str, Any]) -> None:
+        self.path, self.setting = path, setting
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        self._keys = {self._key(json.loads(line)) for line in lines}
+        rows = read_rows(path) if path.exists() else []
+        for row in rows:
+            if row["model"] == model and row.get("setting") != setting:
+                raise click.UsageError(
+                    f"{path} has rows of {model!r} of another setting, {row.get('setting')} for {setting}: "
+                    "give another --rows or --name"
+                )
+        if path.exists():
+            with path.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)  # a row that was cut off goes
+        self._keys = {self._key(row) for row in rows}
 
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -85,7 +112,7 @@ class Rows:
         """Append a row."""
         self._keys.add(self._key(row))
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row | {"setting": self.setting}) + "\n")
         short = {k: v for k, v in row.items() if not isinstance(v, list) and k not in ("recipe", "stage")}
         log.info("%s %s", row["stage"], json.dumps(short))
 
@@ -227,7 +254,9 @@ def run_command(
 ) -> None:  # fmt: skip
     """Measure every base before fine-tuning, then train and measure the arms."""
     deadline = time.monotonic() + seconds
-    rows, data = Rows(rows_path), _thin(load(data_path), windows, questions)
+    setting = {"base": fingerprint(base_path), "data": fingerprint(data_path), "rank": rank, "rate": rate}
+    rows = Rows(rows_path, name, setting | {"windows": windows, "questions": questions})
+    data = _thin(load(data_path), windows, questions)
     shape, base = read_base(base_path, config, device)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     recipe = Recipe(steps=steps, rank=rank, rate=rate)
@@ -314,7 +343,7 @@ def run_command(
 )
 def table_command(rows_paths: tuple[Path, ...], compact_path: Path | None) -> None:
     """Print the tables of docs/paper.md."""
-    rows = [compact(json.loads(line)) for path in rows_paths for line in path.read_text("utf-8").splitlines()]
+    rows = [compact(row) for path in rows_paths for row in read_rows(path)]
     if compact_path is not None:
         compact_path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     click.echo(tables(rows))

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -107,15 +108,38 @@ def test_clip_bounds_each_arm_alone() -> None:
 
 def test_rows_add_up_over_runs(tmp_path: Path) -> None:
     """A row that is there is not computed again; one of another seed or another number of steps is."""
-    from reproduce_paper import Rows
+    from _reproduce_table import compact
+    from reproduce_paper import Rows, read_rows
 
+    path, setting = tmp_path / "rows.jsonl", {"base": "a", "rank": 64}
     row = {"model": "m", "stage": "after", "codebook": "nf4", "arm": "QLoRA", "seed": 0, "steps": 5}
     row |= {"data": "instruct"}
-    Rows(tmp_path / "rows.jsonl").add(row | {"loss": 1.0})
-    again = Rows(tmp_path / "rows.jsonl")
+    Rows(path, "m", setting).add(row | {"loss": 1.0})
+    with path.open("a") as file:
+        file.write('{"model": "m", "stage": "aft')  # killed here
+    assert len(read_rows(path)) == 1
+    again = Rows(path, "m", setting)
     assert again.has(**row)
     assert not again.has(**row | {"seed": 1})
     assert not again.has(**row | {"steps": 6})
+    again.add(row | {"seed": 1})
+    assert [found["seed"] for found in read_rows(path)] == [0, 1]
+    assert [compact(found) for found in read_rows(path)] == [row | {"loss": 1.0}, row | {"seed": 1}]
+
+
+def test_rows_of_another_setting_are_refused(tmp_path: Path) -> None:
+    """Another rank, base or number of questions does not pass for what is there."""
+    from reproduce_paper import Rows, fingerprint
+
+    path, base = tmp_path / "rows.jsonl", tmp_path / "base.safetensors"
+    base.write_bytes(b"weights")
+    setting = {"base": fingerprint(base), "rank": 64, "questions": None}
+    Rows(path, "m", setting).add({"model": "m", "stage": "before"})
+    base.write_bytes(b"other weights")
+    for change in ({"rank": 32}, {"base": fingerprint(base)}, {"questions": 10}):
+        with pytest.raises(click.UsageError, match="another setting"):
+            Rows(path, "m", setting | change)
+    Rows(path, "another model", {"base": "b"})
 
 
 def test_the_page_shows_what_the_rows_say(repo: Path) -> None:
