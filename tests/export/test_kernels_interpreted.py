@@ -39,7 +39,7 @@ for codebook in ("nf4", "nf3", "nf2", "int4", "int3", "int2"):
             assert torch.equal(decode.decode(parts, torch.float32), _decode(parts, torch.float32)), spec
 make = lambda shape, scaling, dtype: Elastic(
     torch.randn(shape).to(dtype), torch.tensor([0.37]).to(dtype), scaling)
-for dtype in (torch.float32, torch.bfloat16):  # of what is stored; the interpreter's own cast to bf16 cuts off
+for dtype in (torch.float32, torch.bfloat16):  # as stored; the interpreter's own cast to bf16 cuts off
     for shapes in (((12, 128), (5, 7)), ((64, 8), (2048, 3)), ((6, 6),)):
         matrices = [make(shape, 0.3 + i, dtype) for i, shape in enumerate(shapes)]
         values = [math.gcd(*shape) / shape[1] for shape in shapes]
