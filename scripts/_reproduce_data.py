@@ -35,7 +35,7 @@ class Sequences:
     """Token sequences.
 
     Attributes:
-        ids: uint16 (n,), one after another.
+        ids: uint32 (n,), one after another.
         offsets: int64 (count + 1,).
         starts: int32 (count,): the first token of each that is predicted.
     """
@@ -65,7 +65,7 @@ class Sequences:
     def of(cls, pairs: Sequence[tuple[Sequence[int], int]]) -> Sequences:
         """Collect (ids, start) pairs."""
         offsets = np.cumsum([0, *(len(ids) for ids, _ in pairs)])
-        flat = np.concatenate([np.asarray(ids, np.uint16) for ids, _ in pairs])
+        flat = np.concatenate([np.asarray(ids, np.uint32) for ids, _ in pairs])
         return cls(flat, offsets.astype(np.int64), np.array([start for _, start in pairs], np.int32))
 
 
@@ -174,14 +174,14 @@ def _examples(
 
 def _windows(tokenizer: Tokenizer, text: str, length: int, most: int | None = None) -> Sequences:
     ids = tokenizer.encode(text if most is None else text[: most * length * 8], add_special_tokens=False).ids
-    return _cut(np.array(ids, np.uint16), length, most)
+    return _cut(np.array(ids, np.uint32), length, most)
 
 
 def _book_windows(tokenizer: Tokenizer, books: Sequence[str], length: int, most: int) -> Sequences:
     """Windows of the books one behind the other; each book is encoded alone, as memory allows."""
     parts: list[np.ndarray] = []
     for book in books:
-        parts.append(np.array(tokenizer.encode(book, add_special_tokens=False).ids, np.uint16))
+        parts.append(np.array(tokenizer.encode(book, add_special_tokens=False).ids, np.uint32))
         if sum(map(len, parts)) >= most * length:
             break
     return _cut(np.concatenate(parts), length, most)

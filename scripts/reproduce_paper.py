@@ -1,8 +1,8 @@
 """Reproduce IR-QLoRA's ablation on a small model, all arms side by side, row by row.
 
-Rows are JSON lines; a row that is there is not computed again, so that runs add up; rows of another base, data,
-rank, rate or number of questions are refused. The steps, for SmolLM2-135M (a GPU; `get_smollm2.py` fetches it)
-and for the demo model (seconds on a GPU, hours on a CPU):
+Rows are JSON lines; a row that is there is not computed again, so that runs add up; rows of another base,
+data, rank, rate or number of questions are refused. The steps, for SmolLM2-135M (a GPU; `get_smollm2.py`
+fetches it) and for the demo model (seconds on a GPU, hours on a CPU):
 
     python scripts/reproduce_paper.py prepare ../shared/data irq_export/demo_model build/paper/demo.npz
     python scripts/reproduce_paper.py prepare ../shared/data ../smollm2/hf build/paper/smol.npz --books 8000

@@ -277,6 +277,13 @@ def test_tables_say_which_of_equal_choices_was_taken() -> None:
     assert "| boolq | hellaswag | mean | mmlu |" in _choices([row | {"ties": "first"}], "m", "nf4")[0]
 
 
+def test_tokens_of_large_vocabularies_fit() -> None:
+    """Llama 3's and Qwen's do not fit 16 bits."""
+    from _reproduce_data import Sequences
+
+    assert Sequences.of([([151_935, 3], 1)]).ids.tolist() == [151_935, 3]
+
+
 def test_books_are_cut_one_behind_the_other(repo: Path) -> None:
     from _reproduce_data import _book_windows
     from tokenizers import Tokenizer
