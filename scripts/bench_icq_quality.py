@@ -3,12 +3,15 @@
 Every linear of every layer is quantised, the rest stays as it is. A finished variant is kept in the JSON
 file and not computed again; the Markdown page is written from the JSON file at the end.
 
-    python scripts/bench_icq_quality.py ../smollm2/hf ../shared/data/wikitext2/wiki.test.joined.txt
+    python scripts/bench_icq_quality.py MODEL_DIR TEXT --name NAME
 
-The comparison with the project's first measurement needs its text and its 12 windows, in a run of its own:
+docs/fidelity-icq.md is of SmolLM2. The comparison there with the project's first measurement, and the reading
+of it all, need its text and its 12 windows, in a run of its own before:
 
     python scripts/bench_icq_quality.py ../smollm2/hf ../shared/data/wikitext2/wiki.test.raw --windows 12 \\
-        --storage f32 --json build/icq_first.json -o build/icq_first.md
+        --storage f32 --name SmolLM2-135M-Instruct --json build/icq_first.json -o build/icq_first.md
+    python scripts/bench_icq_quality.py ../smollm2/hf ../shared/data/wikitext2/wiki.test.joined.txt \\
+        --name SmolLM2-135M-Instruct --first build/icq_first.json
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from _stamp import stamp
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -137,7 +141,8 @@ def number(value: float) -> str:
 
 def table(results: dict[str, dict], storage: str) -> list[str]:
     """Markdown rows of one storage."""
-    count, few = len(results["base"]["nll"]), FIRST_WINDOWS
+    count = len(results["base"]["nll"])
+    few = min(FIRST_WINDOWS, count)
     titles = ["codes", "bits", "H", "rel. MSE", f"perplexity, {few}", f"KL, {few}"]
     titles += [f"perplexity, {count}", f"KL, {count} [95 %]", f"ln(perplexity / plain), {count} [95 %]"]
     rows = [titles, ["---"] * len(titles)]
@@ -183,6 +188,7 @@ tighter than the perplexities themselves.
 """
 
 
+#: What docs/fidelity-icq.md says about its tables; true of no other model.
 READING = """## Reading
 
 * The source weights lie on a Q4_1 grid (blocks of 32): comparisons within one codebook are fair, int4 against
@@ -203,12 +209,13 @@ READING = """## Reading
 def page(results: dict[str, dict], first: dict[str, dict] | None = None) -> str:
     """The Markdown page; `first` is a run over the first measurement's text."""
     base, setting = np.array(results["base"]["nll"]), results["setting"]
+    few = min(FIRST_WINDOWS, len(base))
     lines = [
         INTRODUCTION.format(
             **setting,
             millions=setting["weights"] / 1e6,
-            few=FIRST_WINDOWS,
-            few_perplexity=math.exp(base[:FIRST_WINDOWS].mean()),
+            few=few,
+            few_perplexity=math.exp(base[:few].mean()),
             perplexity=math.exp(base.mean()),
         )
     ]
@@ -220,8 +227,16 @@ def page(results: dict[str, dict], first: dict[str, dict] | None = None) -> str:
             f"## Against the first measurement: first → now (f32, {FIRST_WINDOWS} windows of wiki.test.raw)"
         )
         now = math.exp(np.mean(first["base"]["nll"][:FIRST_WINDOWS]))
-        lines += [title, "", f"Unquantised perplexity: 34.02 → {now:.2f}.", "", *comparison(first), ""]
-    return "\n".join([*lines, READING])
+        lines += [
+            title,
+            "",
+            f"Unquantised perplexity: 34.02 → {now:.2f}.",
+            "",
+            *comparison(first),
+            "",
+            READING,
+        ]
+    return "\n".join(lines)
 
 
 @click.command(help=__doc__)
@@ -229,9 +244,7 @@ def page(results: dict[str, dict], first: dict[str, dict] | None = None) -> str:
 @click.argument("text", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--windows", "count", default=40, show_default=True)
 @click.option("--length", default=512, show_default=True)
-@click.option(
-    "--name", default="SmolLM2-135M-Instruct", show_default=True, help="Of the model, for the page."
-)
+@click.option("--name", required=True, help="Of the model, for the page.")
 @click.option("--block-size", default=64, show_default=True)
 @click.option("--storage", multiple=True, type=click.Choice(list(STORAGES)), default=list(STORAGES))
 @click.option("--codebook", multiple=True, type=click.Choice(CODEBOOKS), default=CODEBOOKS)
@@ -240,7 +253,7 @@ def page(results: dict[str, dict], first: dict[str, dict] | None = None) -> str:
 @click.option("--jobs", default=1, show_default=True, help="Tensors quantised at a time.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), default=Path("build/icq_quality.json"))
 @click.option("--first", type=click.Path(path_type=Path, exists=True), help="JSON of the comparison run.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("docs/fidelity-icq.md"))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("build/fidelity-icq.md"))
 def main(
     model_dir: Path,
     text: Path,
@@ -263,6 +276,7 @@ def main(
     windows = token_windows(model_dir, text, length, count).to(device)
     setting = {
         "model": name,
+        "files": [stamp(model_dir), stamp(text)],
         "weights": sum(weight.numel() for weight in weights.values()),
         "block_size": block_size,
         "length": length,
@@ -271,7 +285,7 @@ def main(
         "device": "one GPU" if device.startswith("cuda") else "CPU",
     }
     results = json.loads(json_path.read_text()) if json_path.exists() else {}
-    if results.get("setting", setting) != setting:
+    if results and results["setting"] != setting:
         raise click.UsageError(f"{json_path} was made with another setting: {results['setting']}")
     base: list[Tensor] = []
     results |= {"setting": setting, "base": evaluate(model, windows, base).__dict__}
