@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from irq_formats.errors import MalformedFile, UsageError
@@ -72,11 +72,12 @@ def write_manifest(directory: str | Path, extra: Mapping[str, object] | None = N
     return target
 
 
-def check_manifest(directory: str | Path) -> dict[str, object]:
+def check_manifest(directory: str | Path, *, editable: Collection[str] = ()) -> dict[str, object]:
     """Compare every listed file with the manifest. Files that are not listed are not looked at.
 
     Args:
         directory: The output directory.
+        editable: Names of files that people may have changed since: these are not compared.
 
     Returns:
         The parsed manifest.
@@ -88,6 +89,8 @@ def check_manifest(directory: str | Path) -> dict[str, object]:
     directory = Path(directory)
     manifest, files = _read(directory)
     for name, entry in files.items():
+        if name in editable:
+            continue
         _check_entry(directory, name, entry, where=directory / MANIFEST_NAME)
     return manifest
 

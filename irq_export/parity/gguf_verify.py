@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from irq_export.export.gguf.adapters import NO_ADAPTER, export_adapter
-from irq_export.export.gguf.modelfile import MODELFILE_NAME
 from irq_export.export.gguf.readback import is_same_model
 from irq_export.parity.gates import FLOAT64_NMSE, LOSSY_NMSE
 from irq_export.parity.levels import PROMPT_TOKENS, greedy_level, tokenizer_level
 from irq_export.parity.llamacpp_level import llamacpp_level
-from irq_export.parity.metadata import metadata_check, modelfile_check, tokenizer_keys_check
+from irq_export.parity.metadata import folder_checks, metadata_check, tokenizer_keys_check
 from irq_export.parity.metrics import compare
 from irq_export.parity.native import native_level
 from irq_export.parity.report import Check, nmse_check
@@ -83,8 +82,8 @@ def gguf_checks(
     yield metadata_check(target, checkpoint, exported_adapter(target, source))
     if target.is_half:
         return  # no runtime opens it
-    if path.is_dir() and (path / MODELFILE_NAME).is_file():
-        yield modelfile_check(target)
+    if path.is_dir():
+        yield from folder_checks(path, target)
     exact_weights = all(check.values.get("exact", True) for check in tensors)
 
     tokens, has_text = _tokens(target, checkpoint, text, positions)

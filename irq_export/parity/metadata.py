@@ -7,7 +7,8 @@ tensors compared. Keys ``general.*`` that it does not write (a name, a licence) 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -21,18 +22,20 @@ from irq_export.parity.report import Check
 from irq_export.parity.target import Target
 from irq_formats.adapter import Adapter
 from irq_formats.checkpoint import Checkpoint
-from irq_formats.errors import IrqError, UnsupportedModel
+from irq_formats.errors import IrqError, MalformedFile, UnsupportedModel
 from irq_formats.files import read_small
 from irq_formats.gguf import GgmlType, GgufFile, GgufValue, open_gguf
+from irq_formats.manifest import MANIFEST_NAME, check_manifest
 from irq_formats.names import hf_to_gguf
 
-__all__ = ["metadata_check", "modelfile_check", "tokenizer_keys_check"]
+__all__ = ["folder_checks", "metadata_check", "tokenizer_keys_check"]
 
 _GATE = "as to-gguf writes it"
 _TOKENIZER = "tokenizer."
 _PRE_TOKENIZER = "tokenizer.ggml.pre"
 _MOST_MODELFILE_BYTES = 1 << 20  # ours have hundreds
-_NAMING = ("FROM ", "ADAPTER ", "TEMPLATE ")  # instructions that say what runs
+#: Instructions that say what runs; a line may begin with blanks and a tab may follow.
+_NAMING = {"FROM", "ADAPTER", "TEMPLATE", "RENDERER", "PARSER"}
 _FREE = ("general.", "split.")  # names and licences; shards of one file
 
 
@@ -75,7 +78,21 @@ def tokenizer_keys_check(target: Target, checkpoint: Checkpoint) -> Check:
     return Check("tokenizer", "keys", not wrong, detail, {"different": wrong}, _GATE)
 
 
-def modelfile_check(target: Target) -> Check:
+def folder_checks(folder: Path, target: Target) -> Iterator[Check]:
+    """Yield what is to say of a manifest and a Modelfile beside a pair, which may be there."""
+    try:
+        if (folder / MANIFEST_NAME).is_file():
+            check_manifest(folder, editable=[MODELFILE_NAME])
+            yield Check("container", MANIFEST_NAME, True, "every file as it says")
+    except MalformedFile as error:
+        yield Check("container", MANIFEST_NAME, False, str(error))
+    if (folder / MODELFILE_NAME).is_file():
+        yield _modelfile_check(target)
+    else:
+        yield Check("container", MODELFILE_NAME, None, "there is none: Ollama has to be told of the adapter")
+
+
+def _modelfile_check(target: Target) -> Check:
     """Compare the Modelfile beside a pair with what to-gguf writes; settings may follow, but no other model.
 
     Without its ADAPTER Ollama would run the base, which is another model.
@@ -93,7 +110,8 @@ def modelfile_check(target: Target) -> Check:
     )
     found = read_small(path, limit=_MOST_MODELFILE_BYTES).decode(errors="replace")
     added = found.removeprefix(expected).splitlines()
-    is_same = found.startswith(expected) and not any(line.upper().startswith(_NAMING) for line in added)
+    named = {word.upper() for line in added for word in line.split(maxsplit=1)[:1]}
+    is_same = found.startswith(expected) and not named & _NAMING
     detail = f"{len(added)} lines added" if is_same else "names another model, adapter or template"
     return Check("container", MODELFILE_NAME, is_same, detail, gate="begins as to-gguf writes it")
 

@@ -37,6 +37,9 @@ class OnnxRuntime:
         library: Whether our kernels run.
         threads: Compute threads.
         profile: Beginning of the name of a file for onnxruntime's profile; None profiles nothing.
+
+    Raises:
+        UnsupportedModel: onnxruntime refuses the model.
     """
 
     def __init__(self, model: OnnxModel, *, library: bool, threads: int, profile: Path | None = None) -> None:
@@ -50,9 +53,13 @@ class OnnxRuntime:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         if library:
             register(options)
-        self._session = onnxruntime.InferenceSession(
-            str(model.path), options, providers=["CPUExecutionProvider"]
-        )
+        self._path = model.path
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(model.path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own, which share no base
+            raise UnsupportedModel("onnxruntime cannot load it", where=model.path, got=error) from error
         self._past = [value for value in self._session.get_inputs() if value.name.startswith("past_")]
         self._run_options = onnxruntime.RunOptions()
         self._adapter: Any = None
@@ -101,14 +108,21 @@ class OnnxRuntime:
     def step(
         self, tokens: Sequence[int], cache: Sequence[NDArray[np.floating]]
     ) -> tuple[NDArray[np.floating], list[NDArray[np.floating]]]:
-        """Return the logits ``(n, vocab)`` of tokens behind a cache, and the cache after them."""
+        """Return the logits ``(n, vocab)`` of tokens behind a cache, and the cache after them.
+
+        Raises:
+            UnsupportedModel: onnxruntime fails on it.
+        """
         total = cache[0].shape[2] + len(tokens)
         feed = {
             "input_ids": np.array([tokens], np.int64),
             "attention_mask": np.ones((1, total), np.int64),
             **{value.name: array for value, array in zip(self._past, cache, strict=True)},
         }
-        logits, *present = self._session.run(None, feed, self._run_options)
+        try:
+            logits, *present = self._session.run(None, feed, self._run_options)
+        except Exception as error:  # onnxruntime's own, which share no base
+            raise UnsupportedModel("onnxruntime cannot run it", where=self._path, got=error) from error
         return logits[0], present
 
 

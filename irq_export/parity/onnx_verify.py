@@ -18,8 +18,8 @@ from irq_export.export.onnx.companions import copied_files
 from irq_export.parity.gates import FLOAT32_NMSE, LOAD_MEMORY_RATIO, LOSSY_NMSE, SESSION_BYTES
 from irq_export.parity.levels import PROMPT_TOKENS
 from irq_export.parity.metrics import compare
-from irq_export.parity.onnx_runtimes import GenaiAnswer, OnnxRuntime, count_kernels, measure_load, run_genai
-from irq_export.parity.onnx_target import Case, OnnxTarget, open_onnx_target
+from irq_export.parity.onnx_runtimes import OnnxRuntime, count_kernels, measure_load, run_genai
+from irq_export.parity.onnx_target import Case, OnnxTarget
 from irq_export.parity.report import Check, nmse_check
 from irq_export.parity.runtimes import TorchRuntime
 from irq_export.parity.tokenizers import Sample, TrainedTokenizer, tokens_check
@@ -43,9 +43,7 @@ def installed_runtimes() -> list[str]:
 
 
 def onnx_checks(
-    path: Path,
-    checkpoint: Checkpoint,
-    adapters: Sequence[Path],
+    target: OnnxTarget,
     runtimes: Sequence[str],
     text: str,
     *,
@@ -56,9 +54,7 @@ def onnx_checks(
     """Yield every check, from the bytes to the text.
 
     Args:
-        path: The folder, or the model in it.
-        checkpoint: What it was made from.
-        adapters: PEFT directories of its adapters.
+        target: The export, opened.
         runtimes: Of :data:`ONNX_RUNTIMES`.
         text: To evaluate on.
         positions: Tokens of it.
@@ -66,10 +62,10 @@ def onnx_checks(
         threads: Compute threads.
 
     Raises:
-        UsageError: The adapters are not those of the export, or there is too little text.
+        UsageError: There is too little text, or no runtime that was asked for has anything to run.
         MalformedFile: The export breaks its specification.
     """
-    target = open_onnx_target(path, checkpoint, adapters)
+    checkpoint = target.checkpoint
     container = list(target.container_level())
     yield from container
     if not all(check.passed for check in container):
@@ -85,14 +81,15 @@ def onnx_checks(
     names = [name for name in runtimes if target.options.profile == "irq" or not name.endswith("+irq")]
     if runtimes and not names:
         raise UsageError(
-            "an export of profile stock has no nodes for our library", where=path, got=", ".join(runtimes)
+            "an export of profile stock has no nodes for our library",
+            where=target.folder,
+            got=", ".join(runtimes),
         )
     for name in [name for name in runtimes if name not in names]:
         yield Check("logits", name, None, "not run: profile stock has no nodes for our library")
     for name in names:
         if name.startswith("onnxruntime"):
-            yield _memory_check(target, name)
-            yield from _kernels_check(target, name)
+            yield from _or_failure("kernels", name, _loading_level(target, name))
     if not names:
         return
     trained = [_Trained.of(checkpoint, case, tokens, greedy) for case in target.cases]
@@ -103,9 +100,10 @@ def onnx_checks(
     exact = bool(tensors.values.get("exact"))
     for name in names:
         if name.startswith("onnxruntime"):
-            yield from _session_level(target, name, trained, tokens, threads=threads, exact=exact)
+            found = _session_level(target, name, trained, tokens, threads=threads, exact=exact)
         else:
-            yield from _genai_level(target, name, trained, tokens, samples, threads=threads, exact=exact)
+            found = _genai_level(target, name, trained, tokens, samples, threads=threads, exact=exact)
+        yield from _or_failure("logits", name, found)
 
 
 def _tokenizer_level(target: OnnxTarget, samples: Sequence[Sample]) -> Iterator[Check]:
@@ -143,6 +141,19 @@ class _Trained:
         runtime = TorchRuntime(checkpoint.path, case.adapter, "float32")
         prompt = tokens[:PROMPT_TOKENS].tolist()
         return cls(case, runtime.logits(tokens), runtime.greedy(prompt, greedy), prompt)
+
+
+def _or_failure(level: str, name: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """Yield checks; a runtime that cannot run the model fails one."""
+    try:
+        yield from checks
+    except UnsupportedModel as error:
+        yield Check(level, name, False, str(error))
+
+
+def _loading_level(target: OnnxTarget, name: str) -> Iterator[Check]:
+    yield _memory_check(target, name)
+    yield from _kernels_check(target, name)
 
 
 def _memory_check(target: OnnxTarget, name: str) -> Check:
@@ -208,21 +219,17 @@ def _genai_level(
     exact: bool,
 ) -> Iterator[Check]:
     vocab, expected_tokens = target.checkpoint.model.vocab_size, {t for one in trained for t in one.greedy}
-    try:
-        answer: GenaiAnswer = run_genai(
-            target.folder,
-            [(one.case.name, one.case.file) for one in trained],
-            library=name.endswith("+irq"),
-            tokens=tokens,
-            prompt=trained[0].prompt,
-            greedy=len(trained[0].greedy),
-            texts=[(one.text, one.add_special) for one in samples],
-            never=next(token for token in range(vocab) if token not in expected_tokens),
-            threads=threads,
-        )
-    except UnsupportedModel as error:
-        yield Check("logits", name, False, str(error))
-        return
+    answer = run_genai(
+        target.folder,
+        [(one.case.name, one.case.file) for one in trained],
+        library=name.endswith("+irq"),
+        tokens=tokens,
+        prompt=trained[0].prompt,
+        greedy=len(trained[0].greedy),
+        texts=[(one.text, one.add_special) for one in samples],
+        never=next(token for token in range(vocab) if token not in expected_tokens),
+        threads=threads,
+    )
     yield _genai_tokens_check(name, samples, answer.encoded)
     for one, logits, found in zip(trained, answer.logits, answer.greedy, strict=True):
         yield _logits_check(name, one, logits, tokens, exact=exact)

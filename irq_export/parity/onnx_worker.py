@@ -19,6 +19,15 @@ import numpy as np
 
 __all__ = ["JOBS"]
 
+#: Options of a greedy search that nothing else moves, whatever the folder's genai_config.json says of them.
+_PLAIN: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -60,7 +69,7 @@ def generate(job: Mapping[str, Any]) -> dict[str, Any]:
 
     def start(case: Mapping[str, Any], tokens: list[int], more: int) -> Any:
         parameters = onnxruntime_genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(tokens) + more, do_sample=False, num_beams=1)
+        parameters.set_search_options(max_length=len(tokens) + more, **_PLAIN)
         generator = onnxruntime_genai.Generator(model, parameters)
         if case["adapter"]:
             generator.set_active_adapter(adapters, case["name"])

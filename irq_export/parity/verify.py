@@ -70,7 +70,13 @@ def verify(
     checks: list[Check] = []
     checkpoint = open_checkpoint(Path(against))
     adapters = _adapters(checkpoint, adapter, no_adapter=no_adapter)
-    longest = checkpoint.model.max_position_embeddings - 1  # llama.cpp keeps room for one more
+    target, context = None, checkpoint.model.max_position_embeddings
+    if is_onnx(Path(file)):
+        from irq_export.parity.onnx_target import open_onnx_target
+
+        target = open_onnx_target(Path(file), checkpoint, adapters)
+        context = target.context
+    longest = context - 1  # llama.cpp keeps room for one more
     if positions > longest or PROMPT_TOKENS + greedy > longest:
         fitted = min(positions, longest), max(0, min(greedy, longest - PROMPT_TOKENS))
         detail = f"{fitted[0]} of {positions} evaluated, {fitted[1]} of {greedy} generated"
@@ -78,16 +84,14 @@ def verify(
         checks.append(Check("container", "context of the model", None, note))
         positions, greedy = fitted
     passage = _read_text(text)
-    if is_onnx(Path(file)):
+    if target is not None:
         from irq_export.parity import onnx_verify
 
         wanted = _wanted(runtimes, onnx_verify.ONNX_RUNTIMES, onnx_verify.installed_runtimes())
         if adapter_gguf is not None or adapter_scale != 1:
             raise UsageError("an ONNX export has its adapters in its folder, at scale 1", where=file)
         found = onnx_verify.onnx_checks(
-            Path(file),
-            checkpoint,
-            adapters,
+            target,
             wanted,
             passage if passage is not None else "\n".join(corpus()),
             positions=positions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
@@ -44,6 +45,36 @@ def test_a_byte_written_wrong_is_noticed(part, checkpoint, tmp_path, monkeypatch
     with pytest.raises(ParityFailed):
         to_onnx(checkpoint, tmp_path / "o", overwrite=True)
     assert open_model(tmp_path / "o").tensors  # the old one is still there
+
+
+@pytest.mark.parametrize("name", ["rope.cos", "rope.sin"])
+def test_a_table_of_angles_written_wrong_is_noticed(name, checkpoint, tmp_path, monkeypatch):
+    real = convert.write_data
+
+    def write_one_wrong(file, tensors, offsets, **options):
+        real(file, tensors, offsets, **options)
+        file.seek(offsets[name] + 40 * 4)
+        file.write(np.array([np.nan], "<f4").tobytes())
+
+    monkeypatch.setattr(convert, "write_data", write_one_wrong)
+    with pytest.raises(ParityFailed, match=f"{name}: the written table"):
+        to_onnx(checkpoint, tmp_path / "o")
+    assert [path.name for path in tmp_path.iterdir()] == ["o.rejected"]
+
+
+def test_a_graph_written_wrong_is_noticed(checkpoint, tmp_path, monkeypatch):
+    """It is well formed: only which model it is has changed."""
+    real = convert.write_data
+
+    def rename(file, *arguments, **options):
+        real(file, *arguments, **options)
+        path = Path(file.name).with_name("model.onnx")
+        path.write_bytes(path.read_bytes().replace(b"irq-export", b"irq-expert"))
+
+    monkeypatch.setattr(convert, "write_data", rename)
+    with pytest.raises(ParityFailed, match=r"model\.producer_name: 'irq-expert' instead of"):
+        to_onnx(checkpoint, tmp_path / "o")
+    assert [path.name for path in tmp_path.iterdir()] == ["o.rejected"]
 
 
 def test_a_data_file_written_short_is_rejected(checkpoint, tmp_path, monkeypatch):

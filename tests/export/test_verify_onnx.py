@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import jsonschema
 import onnx
@@ -15,47 +14,28 @@ from click.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
 
+from onnx_verified import QUICK, Made, failed, make, prove, seal
+
 from irq_export.cli import main
 from irq_export.export.onnx import to_onnx
-from irq_export.iec import random_adapter
 from irq_export.parity import onnx_verify
 from irq_export.parity.gates import LOAD_MEMORY_RATIO
 from irq_export.parity.onnx_runtimes import count_kernels
-from irq_export.parity.report import ParityReport
+from irq_export.parity.onnx_target import open_onnx_target
 from irq_export.parity.verify import verify
 from irq_export.quantize_model import quantize
-from irq_export.quantizer import load_model
 from irq_formats.checkpoint import open_checkpoint
 from irq_formats.errors import MalformedFile, UsageError, WrongBase
-from irq_formats.manifest import MANIFEST_NAME, write_manifest
+from irq_formats.manifest import MANIFEST_NAME
 from irq_formats.onnx.model_file import DATA_NAME, MODEL_NAME, open_model
-from irq_formats.peft_adapter import write_peft_adapter
 from irq_runtime.onnx import library_path
 
-QUICK = {"positions": 24, "greedy": 6, "threads": 1}
 GENAI = ["genai", "genai+irq"]
-
-
-class Made(NamedTuple):
-    """A checkpoint, two adapters trained on it, and an export with both."""
-
-    checkpoint: Path
-    adapters: list[Path]
-    exported: Path
 
 
 @pytest.fixture(scope="module")
 def made(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    work = tmp_path_factory.mktemp("onnx")
-    checkpoint = work / "checkpoint"
-    quantize(repo / "irq_export" / "demo_model", checkpoint, codebook="nf4", refine="none", tie="first")
-    adapters = [work / "first", work / "second"]
-    for seed, directory in enumerate(adapters):
-        base_hash = open_checkpoint(checkpoint).base_hash
-        adapter = random_adapter(load_model(checkpoint), rank=4 + seed, seed=seed, base_hash=base_hash)
-        write_peft_adapter(directory, adapter, base_model_name=str(checkpoint))
-    to_onnx(checkpoint, work / "exported", adapters=adapters)
-    return Made(checkpoint, adapters, work / "exported")
+    return make(repo, tmp_path_factory.mktemp("onnx"))
 
 
 @pytest.fixture
@@ -63,26 +43,6 @@ def copy(made: Made, tmp_path: Path) -> Path:
     """A copy of the export, to be damaged; :func:`seal` makes its manifest fit again."""
     shutil.copytree(made.exported, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def seal(folder: Path) -> None:
-    extra = json.loads((folder / MANIFEST_NAME).read_text())["extra"]
-    (folder / MANIFEST_NAME).unlink()
-    write_manifest(folder, extra)
-
-
-def failed(report: ParityReport) -> set[tuple[str, str]]:
-    return {(check.level, check.name) for check in report.checks if check.passed is False}
-
-
-def prove(made: Made, folder: Path | None = None, runtimes: list[str] | None = None) -> ParityReport:
-    return verify(
-        folder or made.exported,
-        against=made.checkpoint,
-        adapter=made.adapters,
-        runtimes=["onnxruntime+irq"] if runtimes is None else runtimes,
-        **QUICK,
-    )
 
 
 def test_an_export_is_proved_in_every_runtime(made: Made, repo: Path) -> None:
@@ -137,16 +97,6 @@ def test_swapped_adapters_fail(made: Made, copy: Path) -> None:
     assert sum(level == "logits" for level, _ in levels) == 2  # both adapters; the base is right
 
 
-def test_a_graph_that_computes_something_else_fails(made: Made, copy: Path) -> None:
-    """The tensors are right; only the logits can tell."""
-    proto = onnx.load(copy / MODEL_NAME, load_external_data=False)
-    attention = next(node for node in proto.graph.node if node.op_type == "GroupQueryAttention")
-    next(attribute for attribute in attention.attribute if attribute.name == "scale").f *= 1.01
-    (copy / MODEL_NAME).write_bytes(proto.SerializeToString())
-    seal(copy)
-    assert {level for level, _ in failed(prove(made, copy))} == {"logits"}
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -175,8 +125,8 @@ def test_a_file_that_the_manifest_does_not_list_fails(made: Made, copy: Path, na
     (copy / name).unlink(missing_ok=True)
     seal(copy)
     os.mkfifo(copy / name)
-    fails = {("container", MANIFEST_NAME)} | ({("container", name)} if name != "other.onnx" else set())
-    assert failed(prove(made, copy, [])) == fails
+    fails = {MANIFEST_NAME, name} if name == "genai_config.json" else {MANIFEST_NAME}
+    assert failed(prove(made, copy, [])) == {("container", what) for what in fails}
 
 
 def test_what_people_and_hubs_add_is_no_failure(made: Made, copy: Path) -> None:
@@ -203,12 +153,23 @@ def test_the_folder_is_known_as_one_of_hugging_face(made: Made, copy: Path) -> N
     assert failed(prove(made, copy, [])) == {("tokenizer", "files")}
 
 
-def test_settings_of_genais_search_are_free(made: Made, copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "passed"),
+    [
+        ({"temperature": 0.6, "do_sample": True, "max_length": 64}, True),
+        ({"max_length": 513}, False),
+        ({"max_length": None}, False),
+        ({"past_present_share_buffer": False}, False),
+    ],
+)
+def test_settings_of_genais_search_are_free(
+    made: Made, copy: Path, change: dict[str, object], passed: bool
+) -> None:
+    """They may be edited as the folder lies there, but not to what the graph has no room for."""
     config = json.loads((copy / "genai_config.json").read_text())
-    config["search"] |= {"temperature": 0.6, "do_sample": True}
+    config["search"] |= change
     (copy / "genai_config.json").write_text(json.dumps(config))
-    seal(copy)
-    assert prove(made, copy, []).passed
+    assert failed(prove(made, copy, [])) == (set() if passed else {("container", "genai_config.json")})
 
 
 def test_another_library_is_not_loaded(made: Made, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,9 +217,10 @@ def test_a_baked_adapter_is_part_of_the_model(made: Made, tmp_path: Path) -> Non
     to_onnx(made.checkpoint, tmp_path / "o", adapters=made.adapters[:1], bake_adapter=True)
     options = {"against": made.checkpoint, "runtimes": ["onnxruntime"], **QUICK}
     assert verify(tmp_path / "o", adapter=made.adapters[0], **options).passed
-    assert {"tensors", "logits"} <= {
-        level for level, _ in failed(verify(tmp_path / "o", adapter=made.adapters[1], **options))
-    }
+    shutil.copytree(made.adapters[0], tmp_path / "moved")
+    assert verify(tmp_path / "o", adapter=tmp_path / "moved", **options).passed
+    other = verify(tmp_path / "o", adapter=made.adapters[1], **options)
+    assert failed(other) == {("container", "graph")}  # it has another rank
     with pytest.raises(UsageError, match="adapters"):
         verify(tmp_path / "o", **options)
 
@@ -310,14 +272,15 @@ def test_another_checkpoint_fails(made: Made, repo: Path, tmp_path: Path) -> Non
         verify(made.exported, against=tmp_path / "c", adapter=made.adapters, **QUICK)
     to_onnx(made.checkpoint, tmp_path / "o")
     report = verify(tmp_path / "o", against=tmp_path / "c", runtimes=["onnxruntime"], **QUICK)
-    assert {"tensors", "logits"} <= {level for level, _ in failed(report)}
+    assert failed(report) == {("container", MANIFEST_NAME), ("container", "graph")}
+    assert any("another checkpoint" in check.detail for check in report.checks)
 
 
 @pytest.mark.parametrize(("ratio", "passed"), [(LOAD_MEMORY_RATIO, True), (LOAD_MEMORY_RATIO + 0.01, False)])
 def test_memory_of_loading_is_a_gate(
     made: Made, ratio: float, passed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = onnx_verify.open_onnx_target(made.exported, open_checkpoint(made.checkpoint), made.adapters)
+    target = open_onnx_target(made.exported, open_checkpoint(made.checkpoint), made.adapters)
     size = target.nbytes
     monkeypatch.setattr(onnx_verify, "measure_load", lambda model, library: int(ratio * size))
     assert onnx_verify._memory_check(target, "onnxruntime").passed is None  # too small a model to decide

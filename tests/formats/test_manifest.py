@@ -131,6 +131,13 @@ def test_wrong_contents_are_refused(output: Path, change: Callable[[dict[str, An
         check_manifest(output)
 
 
+def test_a_file_that_people_may_edit_is_not_compared(output: Path) -> None:
+    (output / "a.txt").write_text("edited")
+    check_manifest(output, editable=["a.txt"])
+    with pytest.raises(MalformedFile, match=r"a\.txt"):
+        check_manifest(output, editable=["b.txt"])
+
+
 def test_links_are_not_written(output: Path) -> None:
     (output / "link").symlink_to("a.txt")
     with pytest.raises(UsageError, match="only files and directories"):

@@ -7,35 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnx_ir as ir
-
 from irq_export.export.gguf.plan import skip_lines
 from irq_export.export.onnx.adapters import NamedAdapter, open_adapters, write_adapter_file
 from irq_export.export.onnx.companions import COMPANIONS, copied_files
-from irq_export.export.onnx.linears import choose_operators
 from irq_export.export.onnx.network import Network, build_network
-from irq_export.export.onnx.options import DTYPES, OnnxOptions
+from irq_export.export.onnx.options import OnnxOptions
 from irq_export.export.onnx.plan import OnnxPlan, check_complete, preflight
-from irq_export.export.onnx.readback import ReadBack, read_back
+from irq_export.export.onnx.readback import ReadBack, compare_graph, read_back
 from irq_export.export.rejected import set_aside
 from irq_formats.atomic import atomic_dir
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import MalformedFile, ParityFailed, UsageError
 from irq_formats.manifest import write_manifest
 from irq_formats.onnx.data_file import data_offsets, write_data
-from irq_formats.onnx.model_file import DATA_NAME, FORMAT_VERSION, MODEL_NAME
+from irq_formats.onnx.model_file import DATA_NAME, FORMAT_VERSION, MODEL_NAME, open_model
 from irq_runtime.onnx import library_path
 
-__all__ = ["OnnxResult", "plan_onnx", "to_onnx"]
-
-#: What reading back raises if the files are not what they should be.
-_WRONG = (
-    ParityFailed,
-    MalformedFile,
-    onnx.checker.ValidationError,
-    onnx.shape_inference.InferenceError,
-)
+__all__ = ["OnnxResult", "manifest_extra", "plan_onnx", "to_onnx"]
 
 #: Called with (bytes done, bytes in all, name of the tensor written).
 Progress = Callable[[int, int, str], None]
@@ -178,15 +166,8 @@ class _Export:
         adapters = open_adapters(checkpoint, options)
         if options.bake_adapter and not adapters:
             raise UsageError("there is no adapter to bake in", where=checkpoint.path)
-        if options.context is not None and options.context > checkpoint.model.max_position_embeddings:
-            raise UsageError(
-                "context out of range",
-                expected=f"at most {checkpoint.model.max_position_embeddings}, for which the model was made",
-                got=options.context,
-            )
         baked = adapters[0].pairs if options.bake_adapter else {}
         network = build_network(checkpoint, options, baked=baked)
-        proto = ir.to_proto(network.to_model(_metadata(checkpoint, options)))
         notes = [
             f"adapter {adapter.name} records no base hash: that it fits this base was not checked"
             for adapter in adapters
@@ -194,7 +175,7 @@ class _Export:
         ]
         if unlisted := checkpoint.unlisted_files:
             notes.append(f"not in the checkpoint's manifest, so taken unchecked: {', '.join(unlisted)}")
-        graph = proto.SerializeToString(deterministic=True)
+        graph = network.proto.SerializeToString(deterministic=True)
         plan = OnnxPlan(
             profile=options.profile,
             output=output,
@@ -240,32 +221,17 @@ class _Export:
             write_adapter_file(directory / adapter.file_name, adapter)
         for write in COMPANIONS:
             write(directory, self.checkpoint, self.options)
-        write_manifest(directory, self._manifest())
-
-    def _manifest(self) -> dict[str, object]:
-        return {
-            "kind": "irq-onnx",
-            "version": int(FORMAT_VERSION),
-            "base_hash": self.checkpoint.base_hash,
-            "profile": self.options.profile,
-            "adapters": {adapter.name: {"base_hash": adapter.base_hash} for adapter in self.adapters},
-        }
+        write_manifest(directory, manifest_extra(self.checkpoint, self.options, self.adapters))
 
     def _read_back(self, directory: Path) -> ReadBack:
         """Compare the files with the checkpoint; put them aside if they are not it."""
-        plan, options = self.plan, self.options
-        chosen = choose_operators(
-            self.checkpoint,
-            dtype=DTYPES[options.dtype],
-            carry=options.int_bits == "4",
-            as_functions=options.profile == "irq",
-        )
-        operators = {module: operator.codebook for module, operator in chosen.items()}
-        baked = self.adapters[0] if options.bake_adapter else None
+        baked = self.adapters[0] if self.options.bake_adapter else None
         try:
-            return read_back(directory, self.checkpoint, operators, plan.adapters, baked)
-        except _WRONG as error:
-            rejected = set_aside(directory, plan.output)
+            model = open_model(directory)
+            compare_graph(model, self.network)
+            return read_back(model, self.checkpoint, self.network, self.plan.adapters, baked)
+        except (ParityFailed, MalformedFile) as error:
+            rejected = set_aside(directory, self.plan.output)
             raise ParityFailed("what was written is not the checkpoint", where=rejected, got=error) from error
 
 
@@ -273,10 +239,14 @@ def _companions(checkpoint: Checkpoint, options: OnnxOptions) -> list[Path]:
     return [*copied_files(checkpoint.path), *([library_path()] if options.library else [])]
 
 
-def _metadata(checkpoint: Checkpoint, options: OnnxOptions) -> dict[str, str]:
+def manifest_extra(
+    checkpoint: Checkpoint, options: OnnxOptions, adapters: Sequence[NamedAdapter]
+) -> dict[str, object]:
+    """Return what the manifest says beside the files."""
     return {
-        "irq.version": FORMAT_VERSION,
-        "irq.profile": options.profile,
-        "irq.attention": options.attention,
-        "irq.base_hash": checkpoint.base_hash,
+        "kind": "irq-onnx",
+        "version": int(FORMAT_VERSION),
+        "base_hash": checkpoint.base_hash,
+        "profile": options.profile,
+        "adapters": {adapter.name: {"base_hash": adapter.base_hash} for adapter in adapters},
     }

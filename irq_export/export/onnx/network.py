@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from irq_export.export.onnx.attention import Attention, Cache, GqaAttention, StandardAttention, rope_tables
@@ -23,10 +25,10 @@ from irq_export.export.onnx.options import DTYPES as OPTION_DTYPES
 from irq_export.export.onnx.options import OnnxOptions
 from irq_export.export.onnx.weights import ExportTensor, WeightTable
 from irq_formats.checkpoint import Checkpoint
-from irq_formats.errors import UnsupportedModel
+from irq_formats.errors import UnsupportedModel, UsageError
 from irq_formats.model import ModelConfig
 from irq_formats.onnx.data_file import data_offsets
-from irq_formats.onnx.model_file import DATA_NAME
+from irq_formats.onnx.model_file import DATA_NAME, FORMAT_VERSION
 from irq_formats.onnx.operators import DOMAIN, IR_VERSION, OPSETS, VERSION, Operator, function
 from irq_formats.onnx.ops import DTYPES, Ops
 
@@ -46,7 +48,8 @@ class Network:
         initializers: Values whose contents lie in the data file.
         tensors: Those contents, by name, in the order of the file.
         slots: Adapter inputs with their defaults.
-        operators: Operators of domain ``irq`` in use.
+        operators: Of every quantised module.
+        metadata: ``metadata_props`` of the model.
     """
 
     inputs: Sequence[ir.Value]
@@ -55,10 +58,12 @@ class Network:
     initializers: Sequence[ir.Value]
     tensors: Mapping[str, ExportTensor]
     slots: Sequence[ir.Value]
-    operators: Sequence[Operator]
+    operators: Mapping[str, Operator]
+    metadata: Mapping[str, str]
 
-    def to_model(self, metadata: Mapping[str, str]) -> ir.Model:
-        """Return the model, its tensors pointing into the data file."""
+    @cached_property
+    def proto(self) -> onnx.ModelProto:
+        """The model, its tensors pointing into the data file."""
         offsets, _ = data_offsets(tensor.data for tensor in self.tensors.values())
         for value in self.initializers:
             data = self.tensors[str(value.name)].data
@@ -70,21 +75,29 @@ class Network:
                 shape=ir.Shape(data.shape),
                 name=data.name,
             )
+        used = self._used_operators()
         graph = ir.Graph(
             self.inputs,
             self.outputs,
             nodes=self.nodes,
             initializers=[*self.initializers, *self.slots],
-            opset_imports={**OPSETS, **({DOMAIN: VERSION} if self.operators else {})},
+            opset_imports={**OPSETS, **({DOMAIN: VERSION} if used else {})},
             name="irq",
         )
-        return ir.Model(
+        model = ir.Model(
             graph,
             ir_version=IR_VERSION,
             producer_name="irq-export",
-            functions=[function(operator) for operator in self.operators],
-            metadata_props=dict(metadata),
+            functions=[function(operator) for operator in used],
+            metadata_props=dict(self.metadata),
         )
+        return ir.to_proto(model)
+
+    def _used_operators(self) -> list[Operator]:
+        """Return those that nodes of domain ``irq`` call."""
+        used = {node.op_type for node in self.nodes if node.domain == DOMAIN}
+        by_type = {operator.op_type: operator for operator in self.operators.values()}
+        return [by_type[op_type] for op_type in sorted(used)]
 
 
 def build_network(
@@ -99,7 +112,15 @@ def build_network(
 
     Raises:
         UnsupportedModel: A matrix has no place in this graph.
+        UsageError: The context is longer than the model's.
     """
+    longest = checkpoint.model.max_position_embeddings
+    if options.context is not None and options.context > longest:
+        raise UsageError(
+            "context out of range",
+            expected=f"at most {longest}, for which the model was made",
+            got=options.context,
+        )
     return _Builder(checkpoint, options, baked or {}).build()
 
 
@@ -109,6 +130,12 @@ class _Builder:
     def __init__(self, checkpoint: Checkpoint, options: OnnxOptions, baked: Mapping[str, LoraPair]) -> None:
         self.config: ModelConfig = checkpoint.model
         self.options = options
+        self.metadata = {
+            "irq.version": FORMAT_VERSION,
+            "irq.profile": options.profile,
+            "irq.attention": options.attention,
+            "irq.base_hash": checkpoint.base_hash,
+        }
         self.dtype = OPTION_DTYPES[options.dtype]
         self.ops = Ops()
         self.weights = WeightTable(checkpoint, self.dtype)
@@ -152,13 +179,9 @@ class _Builder:
             initializers=self.weights.values,
             tensors=self.weights.tensors,
             slots=self.linear.slot_values,
-            operators=self._used_operators(),
+            operators=self.operators,
+            metadata=self.metadata,
         )
-
-    def _used_operators(self) -> list[Operator]:
-        used = {node.op_type for node in self.ops.nodes if node.domain == DOMAIN}
-        by_type = {operator.op_type: operator for operator in self.operators.values()}
-        return [by_type[op_type] for op_type in sorted(used)]
 
     def _attention(self, ids: ir.Value, mask: ir.Value) -> Attention:
         self.ops.scope("attention")

@@ -1,29 +1,33 @@
 """Reading an ONNX export back: is what lies on the disk the checkpoint, bit for bit?
 
 The files are opened as a stranger would, and compared with what is decoded from the checkpoint: codes put
-back into the checkpoint's order, scales, offsets, plain tensors, adapters.
+back into the checkpoint's order, scales, offsets, plain tensors, adapters. What no checkpoint has, the graph
+and its tables of cosines, is built once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from irq_export.export.onnx.adapters import NamedAdapter, read_adapter_file
+from irq_export.export.onnx.network import Network
 from irq_export.export.onnx.weights import float_chunks
 from irq_formats.blocks import BlockTensor
 from irq_formats.checkpoint import Checkpoint
 from irq_formats.errors import MalformedFile, ParityFailed
 from irq_formats.onnx.codes import codes_shape, from_onnx
-from irq_formats.onnx.model_file import OnnxModel, StoredTensor, open_model
+from irq_formats.onnx.model_file import OnnxModel, StoredTensor
 
-__all__ = ["ReadBack", "read_back"]
+__all__ = ["ReadBack", "compare_graph", "read_back"]
 
 _ROWS = 1024
 
@@ -81,6 +85,13 @@ class _Comparison:
                 raise ParityFailed("the written codes differ from the checkpoint", where=name)
         self.exact += 1
 
+    def table(self, name: str, expected: NDArray[Any]) -> None:
+        """Compare numbers that were computed: another machine's cosine may round the other way."""
+        self._take(name, expected.shape)
+        got: NDArray[Any] = self.model.read(name)
+        if got.dtype != expected.dtype or not (np.abs(got - expected) <= np.spacing(np.abs(expected))).all():
+            raise ParityFailed("the written table differs from the model's", where=name)
+
     def _take(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         """Find a tensor, which must be there and of this shape."""
         self.unseen.discard(name)
@@ -90,19 +101,39 @@ class _Comparison:
         return stored
 
 
+def compare_graph(model: OnnxModel, network: Network) -> None:
+    """Compare a graph with the one that is built today: all that is not a tensor of the data file.
+
+    Args:
+        model: What was written.
+        network: What is built from the checkpoint, with the same options.
+
+    Raises:
+        ParityFailed: They differ, or onnx refuses the graph.
+    """
+    expected = network.proto
+    if model.proto != expected:
+        difference = _difference(model.proto, expected, "model")
+        raise ParityFailed("the graph is not the one that to-onnx builds", where=model.path, got=difference)
+    try:
+        onnx.checker.check_model(str(model.path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ParityFailed("onnx refuses the graph", where=model.path, got=error) from error
+
+
 def read_back(
-    directory: Path,
+    model: OnnxModel,
     checkpoint: Checkpoint,
-    operators: dict[str, str],
+    network: Network,
     adapters: Sequence[NamedAdapter],
     baked: NamedAdapter | None,
 ) -> ReadBack:
-    """Compare the written files with the checkpoint.
+    """Compare the written tensors with the checkpoint.
 
     Args:
-        directory: What was written.
+        model: What was written.
         checkpoint: The source.
-        operators: Codebook of the operator of every quantised module.
+        network: What is built from it: the operators of its modules, and the tables of cosines.
         adapters: What the adapter files must hold.
         baked: What the model must hold, if an adapter was put into it.
 
@@ -110,15 +141,13 @@ def read_back(
         ParityFailed: Anything differs.
         MalformedFile: A file breaks spec/irq-onnx.md.
     """
-    model = open_model(directory)
-    onnx.checker.check_model(str(model.path), full_check=True)
     comparison = _Comparison(model)
     for name in checkpoint.plain:
         shape = tuple(checkpoint.plain[name].shape)
         comparison.floats(name, shape, float_chunks(checkpoint, name))
-    for module, operator in operators.items():
+    for module, operator in network.operators.items():
         tensor = checkpoint.block_tensor(module)
-        comparison.codes(f"{module}.codes", tensor, operator)
+        comparison.codes(f"{module}.codes", tensor, operator.codebook)
         scale = tensor.scale()
         comparison.floats(f"{module}.scale", scale.shape, [scale])
         if tensor.spec.tau != "none" or f"{module}.tau" in model.tensors:
@@ -126,13 +155,14 @@ def read_back(
     if baked is not None:
         for name, array in baked.parameters.items():
             comparison.floats(name, array.shape, [np.asarray(array, np.float32)])
+    for name in ("rope.cos", "rope.sin"):
+        [table] = network.tensors[name].data.chunks()
+        comparison.table(name, table)
     for adapter in adapters:
-        _same_adapter(directory / adapter.file_name, adapter)
+        _same_adapter(model.path.parent / adapter.file_name, adapter)
         comparison.exact += len(adapter.parameters)
-    if left := comparison.unseen - {"rope.cos", "rope.sin"}:
-        raise ParityFailed(
-            "tensors that the checkpoint does not have", where=model.path, got=sorted(left)[:5]
-        )
+    if left := sorted(comparison.unseen)[:5]:
+        raise ParityFailed("tensors that the checkpoint does not have", where=model.path, got=left)
     return ReadBack(comparison.exact, comparison.rounded)
 
 
@@ -144,3 +174,19 @@ def _same_adapter(path: Path, adapter: NamedAdapter) -> None:
     )
     if not same:
         raise ParityFailed("the written adapter differs from its source", where=path)
+
+
+def _difference(found: Any, expected: Any, path: str) -> str:
+    """Return where two values of protobuf, which are not equal, first differ, and how."""
+    if isinstance(expected, MutableSequence):
+        pairs = enumerate(zip_longest(found, expected))
+        index, (a, b) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
+        name = getattr(a if b is None else b, "name", "")
+        return _difference(a, b, f"{path}[{index}]{f' ({name})' if name else ''}")
+    if found is None or expected is None:
+        return f"{path}: one {'too few' if found is None else 'too many'}"
+    for field in expected.DESCRIPTOR.fields if hasattr(expected, "DESCRIPTOR") else ():
+        a, b = getattr(found, field.name), getattr(expected, field.name)
+        if a != b:
+            return _difference(a, b, f"{path}.{field.name}")
+    return f"{path}: {str(found).strip()!r:.40} instead of {str(expected).strip()!r:.40}"

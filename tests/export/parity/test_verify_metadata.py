@@ -71,6 +71,7 @@ def test_a_changed_key_of_a_pair_fails(
     shutil.copytree(pair.exported, tmp_path / "pair")
     (tmp_path / "pair" / name).unlink()
     rewritten(pair.exported / name, tmp_path / "pair" / name, change)
+    write_manifest(tmp_path / "pair")
     report = verified_in_reference(tmp_path / "pair", pair)
     assert {check.name for check in report.checks if check.passed is False} == checks, report.to_text()
 
@@ -82,6 +83,10 @@ def test_a_changed_key_of_a_pair_fails(
         (lambda text: text.replace("ADAPTER ./adapter.gguf\n", ""), False),
         (lambda text: text.replace("FROM ./base.gguf", "FROM llama3"), False),
         (lambda text: text + "template x\n", False),
+        (lambda text: text + "FROM\t./other.gguf\n", False),
+        (lambda text: text + "  ADAPTER ./none.gguf\n", False),
+        (lambda text: text + '\tTEMPLATE "x"\n', False),
+        (lambda text: text + "PARAMETER temperature 0\rRenderer other\r", False),
     ],
 )
 def test_a_modelfile_that_names_another_model_fails(
@@ -94,6 +99,28 @@ def test_a_modelfile_that_names_another_model_fails(
     wrong = {check.name for check in report.checks if check.passed is False}
     assert wrong == (set() if passed else {"Modelfile"})
     assert any(check.name == "Modelfile" for check in report.checks)
+
+
+def test_a_pair_without_modelfile_is_said_to_have_none(pair: Case, tmp_path: Path) -> None:
+    shutil.copytree(pair.exported, tmp_path / "pair")
+    (tmp_path / "pair" / "Modelfile").unlink()
+    report = verified_in_reference(tmp_path / "pair", pair)
+    assert report.passed
+    [check] = [check for check in report.checks if check.name == "Modelfile"]
+    assert check.passed is None
+    (tmp_path / "pair" / "manifest.json").unlink()  # whoever passes on two files passes on no manifest
+    assert verified_in_reference(tmp_path / "pair", pair).passed
+
+
+@pytest.mark.parametrize("change", [{"size_bytes": 1}, {"sha256": "0" * 64}])
+def test_a_manifest_of_other_files_fails(pair: Case, tmp_path: Path, change: dict[str, object]) -> None:
+    shutil.copytree(pair.exported, tmp_path / "pair")
+    path = tmp_path / "pair" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["adapter.gguf"] |= change
+    path.write_text(json.dumps(manifest))
+    report = verified_in_reference(tmp_path / "pair", pair)
+    assert {check.name for check in report.checks if check.passed is False} == {"manifest.json"}
 
 
 @pytest.mark.parametrize("options", [{"merge": "bf16"}, {"profile": "stock", "nf_type": "bf16"}])
