@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import jsonschema
 import numpy as np
@@ -203,6 +204,38 @@ def test_a_wrong_file_is_rejected(tmp_path, gguf_source, monkeypatch):
             to_gguf(gguf_source("int4").path, tmp_path / output, **options)
         assert not (tmp_path / output).exists()
         assert (tmp_path / f"{output}.rejected-2").exists()
+
+
+@pytest.mark.parametrize("change", ["NaN", "one bit"])
+@pytest.mark.parametrize(
+    ("options", "nan"),
+    [
+        ({"merge": "f16"}, b"\x00\x7e"),
+        ({"merge": "f32"}, b"\x00\x00\xc0\x7f"),
+        ({"profile": "stock", "nf_type": "bf16"}, b"\xc0\x7f"),
+        ({"profile": "stock"}, b"\x00\x7e"),  # a block of Q8_0 begins with its step
+    ],
+)
+def test_a_wrong_weight_is_rejected(tmp_path, gguf_source, monkeypatch, options, nan, change):
+    """Weights that a file holds rounded are compared too, each; codes are right in all of these."""
+    write = convert.write_gguf_into
+
+    def spoil(file, metadata, tensors, **more):
+        def load(source):
+            data = np.ascontiguousarray(source.load()).copy()
+            if source.name == "blk.0.attn_q.weight":
+                first = data.reshape(-1).view(np.uint8)[: len(nan)]
+                first[:] = (
+                    first ^ np.eye(1, len(nan), dtype=np.uint8)[0] if change == "one bit" else list(nan)
+                )
+            return data
+
+        write(file, metadata, [replace(t, load=partial(load, t)) for t in tensors], **more)
+
+    monkeypatch.setattr(convert, "write_gguf_into", spoil)
+    with pytest.raises(ParityFailed, match=r"blk\.0\.attn_q\.weight"):
+        to_gguf(gguf_source("nf4").path, tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from irq_formats.gguf.irq_check import check_irq
 from irq_formats.gguf.irq_payload import ARCHITECTURE, check_header, read_adapter, read_blocks
 from irq_formats.gguf.model_keys import IRQ_PREFIX, read_model
 from irq_formats.gguf.pair import ADAPTER_NAME, BASE_NAME
-from irq_formats.gguf.repack import uninterleave_heads, unpack_codes
+from irq_formats.gguf.repack import repack, uninterleave_heads, unpack_codes
 from irq_formats.names import hf_to_gguf, tensor_shapes
 
 __all__ = ["ReadBack", "compare_files", "is_same_model", "read_back"]
@@ -239,6 +239,8 @@ def _compare_blocks(
     zero = np.zeros_like(tensor.tau())
     scaled = tensor.spec.codec.decode(tensor.codes(), tensor.scale(), zero)
     if tensor.spec.codebook.startswith("nf"):
+        if not np.array_equal(_hf_rows(base.read(name), checkpoint, name), repack(tensor, kind)):
+            raise ParityFailed("the steps are not those nearest to the levels", where=name)
         comparison.measure(weight, scaled)
     else:
         comparison.equal(weight, scaled, name)
@@ -281,7 +283,7 @@ def _compare_rounded(
         )
     relative, smallest = _HALF_ULP[kind]
     bound = relative * np.abs(exact) * (1 + 1e-9) + smallest + 1e-12 * np.abs(exact).max(initial=0)
-    if (np.abs(weight.astype(np.float64) - exact) > bound).any():
+    if not (np.abs(weight.astype(np.float64) - exact) <= bound).all():  # NaN is no weight
         raise ParityFailed(f"a merged weight is not the nearest {kind.name}", where=name)
     comparison.measure(weight, exact)
 
