@@ -61,6 +61,31 @@ def test_no_end_token_is_lost(
     assert report.passed, report.to_text()
 
 
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (
+            {"pad_token_id": -1, "bos_token_id": -1, "eos_token_id": -1},
+            (1, None),
+        ),  # LLaMA's first conversions
+        ({"pad_token_id": VOCAB_SIZE, "bos_token_id": VOCAB_SIZE, "eos_token_id": 3}, (3, None)),
+        ({"pad_token_id": 2, "bos_token_id": 5}, (2, 5)),
+    ],
+)
+def test_genai_pads_with_a_token_that_there_is(
+    tmp_path: Path, ids: dict[str, int], expected: tuple[int, int | None]
+) -> None:
+    model = genai_config(open_checkpoint(checkpoint(tmp_path / "c", **ids)), OnnxOptions())["model"]
+    assert (model["pad_token_id"], model.get("bos_token_id")) == expected
+
+
+@pytest.mark.parametrize("end", [VOCAB_SIZE, "2", True])
+def test_genai_is_given_no_end_that_there_is_not(tmp_path: Path, end: object) -> None:
+    source = open_checkpoint(checkpoint(tmp_path / "c", {"eos_token_id": end}))
+    with pytest.raises(MalformedFile, match=r"eos_token_id: (not a token id|a token id outside)"):
+        genai_config(source, OnnxOptions())
+
+
 def test_ends_that_stock_keys_cannot_hold_are_noted(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "c", {"eos_token_id": [3, 5, 7, 8]})
     result = to_gguf(source, tmp_path / "pair", profile="stock")

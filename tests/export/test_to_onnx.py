@@ -19,6 +19,7 @@ from tolerance import NMSE_FLOAT16_TINY, NMSE_FLOAT32
 import irq_export
 from irq_export.cli import main
 from irq_export.export.onnx import plan_onnx, to_onnx
+from irq_export.export.onnx.options import OnnxOptions
 from irq_export.iec import attach, random_adapter
 from irq_formats.adapter import Adapter
 from irq_formats.blocks import BlockSpec
@@ -335,6 +336,16 @@ def test_two_block_sizes_of_one_codebook_need_profile_stock(tmp_path, made):
 def test_contradictions_are_refused(options, made, tmp_path):
     with pytest.raises(UsageError):
         to_onnx(made(), tmp_path / "o", **options)
+
+
+def test_adapters_have_names_that_every_system_can_hold():
+    for name in ("a", "Style-2_b", "v1.0", "console", "x" * 100):
+        assert OnnxOptions(adapters=[f"dir/{name}"]).adapter_name(name) == name
+    for name in ("a.", ".a", "a b", "CON", "nul.x", "lpt1", "x" * 101):
+        with pytest.raises(UsageError, match="plain name"):
+            OnnxOptions(adapters=[name])
+    with pytest.raises(UsageError, match="two adapters of one name"):
+        OnnxOptions(adapters=["x/Style", "y/style"])
 
 
 def test_command_line(made, tmp_path):

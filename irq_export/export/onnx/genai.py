@@ -45,11 +45,25 @@ def genai_config(checkpoint: Checkpoint, options: OnnxOptions) -> dict[str, Any]
         options: Of the export.
 
     Raises:
-        MalformedFile: A token id is none.
+        MalformedFile: A token id is no number, or a text would end at one that the model does not have. One
+            that pads or begins a text and is outside the vocabulary counts for none.
     """
     config, generation = checkpoint.model, _generation(checkpoint.path)
     known = {**checkpoint.config, **{k: v for k, v in generation.items() if v is not None}}
-    stops = [*dict.fromkeys([*_ids(checkpoint, known, "eos_token_id"), *_tokenizer_end(checkpoint)])]
+    ends = _ids(checkpoint, known, "eos_token_id")
+    for token in ends:
+        if token >= config.vocab_size:
+            raise MalformedFile(
+                "a token id outside the vocabulary",
+                where=f"{checkpoint.path}: eos_token_id",
+                expected=f"0 to {config.vocab_size - 1}",
+                got=token,
+            )
+    stops = [*dict.fromkeys([*ends, *_tokenizer_end(checkpoint)])]
+    pads, starts = (
+        [token for token in _ids(checkpoint, known, key) if token < config.vocab_size]
+        for key in ("pad_token_id", "bos_token_id")
+    )
     context = options.context or config.max_position_embeddings
     decoder: dict[str, Any] = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -78,11 +92,11 @@ def genai_config(checkpoint: Checkpoint, options: OnnxOptions) -> dict[str, Any]
         "vocab_size": config.vocab_size,
         "context_length": context,
         "eos_token_id": stops,
-        "pad_token_id": (_ids(checkpoint, known, "pad_token_id") or stops or [0])[0],
+        "pad_token_id": (pads or stops or [0])[0],
         "decoder": decoder,
     }
-    if bos := _ids(checkpoint, known, "bos_token_id"):
-        model["bos_token_id"] = bos[0]
+    if starts:
+        model["bos_token_id"] = starts[0]
     chosen = {key: generation[key] for key in _SEARCH if generation.get(key) is not None}
     # Only onnxruntime's operator writes into a cache that has room for positions to come.
     shared = {"max_length": context, "past_present_share_buffer": options.attention == "gqa"}
@@ -117,17 +131,10 @@ def _tokenizer_end(checkpoint: Checkpoint) -> list[int]:
 
 
 def _ids(checkpoint: Checkpoint, known: Mapping[str, Any], key: str) -> list[int]:
-    """Return the token ids of a field that may hold none, one or several."""
+    """Return the token ids of a field that may hold none, one or several; -1 is none, as it once was."""
     value = known.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int):
             raise MalformedFile("not a token id", where=f"{checkpoint.path}: {key}", got=token)
-        if not 0 <= token < checkpoint.model.vocab_size:
-            raise MalformedFile(
-                "a token id outside the vocabulary",
-                where=f"{checkpoint.path}: {key}",
-                expected=f"0 to {checkpoint.model.vocab_size - 1}",
-                got=token,
-            )
-    return list(ids)
+    return [token for token in ids if token >= 0]

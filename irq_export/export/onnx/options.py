@@ -15,7 +15,8 @@ PROFILES = ("irq", "stock")
 ATTENTIONS = ("gqa", "standard")
 DTYPES = {"f32": "float32", "f16": "float16"}
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+#: A file name on every system: no device of Windows, whatever its suffix, and no dot at an end.
+_PLAIN_NAME = re.compile(r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$))\w([\w.-]{0,98}[\w-])?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class OnnxOptions:
         if self.adapters and not (self.adapter_slots or self.bake_adapter):
             raise UsageError("a model without adapter inputs takes no adapter", got=str(self.adapters[0]))
         names = [self.adapter_name(path) for path in self.adapters]
-        if len(set(names)) < len(names):
+        if len({name.casefold() for name in names}) < len(names):  # the same file on many systems
             raise UsageError("two adapters of one name", got=", ".join(names))
         if self.library and self.profile != "irq":
             raise UsageError("profile stock has no nodes for the library", expected="irq", got=self.profile)
@@ -80,6 +81,8 @@ class OnnxOptions:
         name = Path(path).resolve().name
         if not _PLAIN_NAME.fullmatch(name):
             raise UsageError(
-                "the adapter's directory needs a plain name", where=path, expected=_PLAIN_NAME.pattern
+                "the adapter's directory needs a plain name",
+                where=path,
+                expected="letters, digits, _, - and dots, none at an end, and no device of Windows",
             )
         return name
