@@ -27,7 +27,7 @@ CHUNK = 16
 Json = dict[str, Any]
 
 #: A request that takes long.
-HEAVY: Json = {"prompt": PROMPT, "max_tokens": 500, "n": 16, "temperature": 1.3}
+HEAVY: Json = {"prompt": PROMPT, "max_tokens": 500, "n": 16, "temperature": 1.3, "ignore_eos": True}
 
 
 @contextmanager
