@@ -181,6 +181,29 @@ def test_reference_evaluator_agrees(made, tmp_path):
     assert nmse(logits, runner.logits(IDS[:1, :5])) <= NMSE_FLOAT32
 
 
+@pytest.mark.parametrize("bias", [3.0, 60.0])
+def test_float16_scores_stay_finite(bias, made, tmp_path):
+    """Of padding, where every position is masked, and of large queries and keys, as Qwen2 has them.
+
+    In numpy, which computes in float16 as a GPU does; onnxruntime on a CPU widens it.
+    """
+    to_onnx(made("qwen2", "nf3"), tmp_path / "o", attention="standard", dtype="f16")
+    model = onnx.load(tmp_path / "o" / "model.onnx")
+    for value in model.graph.initializer:
+        if value.name.endswith(("q_proj.bias", "k_proj.bias")):
+            sign = 1 if value.name.endswith("q_proj.bias") else -1
+            value.raw_data = np.full(value.dims, sign * bias, np.float16).tobytes()
+    ids, mask = np.concatenate([IDS[:1, :3], IDS[:1, :8]], axis=1), np.repeat([[0, 1]], [3, 8], axis=1)
+    feed = {"input_ids": ids, "attention_mask": mask}
+    for value in model.graph.input:
+        if value.name.startswith("past"):
+            feed[value.name] = np.zeros((1, 2, 0, 32), np.float16)
+    slots = (value for value in model.graph.initializer if ".lora_" in value.name)
+    feed |= {value.name: onnx.numpy_helper.to_array(value) for value in slots}
+    logits = ReferenceEvaluator(model).run(["logits"], feed)[0]
+    assert np.isfinite(logits).all()
+
+
 @pytest.mark.parametrize("profile", ["irq", "stock"])
 def test_adapters_are_swapped_at_run_time(profile, made, tmp_path):
     checkpoint = made("qwen2", "nf4")

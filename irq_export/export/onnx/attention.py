@@ -137,7 +137,7 @@ class StandardAttention:
         causal = ops("LessOrEqual", columns, ops("Unsqueeze", rows, ops.const([1])))  # (sequence, total)
         present = ops("Cast", ops("Unsqueeze", mask, ops.const([1, 2])), to=int(ir.DataType.BOOL))
         seen = ops("And", causal, present)  # (batch, 1, sequence, total)
-        low = np.array(np.finfo(dtype).min, dtype)
+        low = np.array(np.finfo(dtype).min / 2, dtype)  # a score may be added, and the sum stays finite
         self._bias = ops("Where", seen, ops.const(np.array(0, dtype)), ops.const(low))
 
     def __call__(self, q: ir.Value, k: ir.Value, v: ir.Value, past: Cache) -> tuple[ir.Value, Cache]:
@@ -146,12 +146,13 @@ class StandardAttention:
         heads, kv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         key = ops("Concat", past.key, self._rotate(self._split(k, kv)), axis=2)
         value = ops("Concat", past.value, self._split(v, kv), axis=2)
-        grouped = ops("Reshape", self._rotate(self._split(q, heads)), ops.const([0, kv, -1, d]))
+        scaled = ops("Mul", self._rotate(self._split(q, heads)), self._scale)  # float16 holds no q · k
+        grouped = ops("Reshape", scaled, ops.const([0, kv, -1, d]))
         scores = ops("MatMul", grouped, ops("Transpose", key, perm=[0, 1, 3, 2]))
         stacked = ops("Shape", scores)
         by_head = ops("Concat", *self._by_head(q, key), axis=0)
-        scores = ops("Mul", ops("Reshape", scores, by_head), self._scale)
-        weights = ops("Softmax", ops("Add", scores, self._bias), axis=-1)
+        masked = ops("Add", ops("Reshape", scores, by_head), self._bias)
+        weights = ops("Softmax", masked, axis=-1)
         mixed = ops("MatMul", ops("Reshape", weights, stacked), value)
         mixed = ops("Reshape", mixed, ops("Concat", *self._by_head(q, key)[:3], ops.const([d]), axis=0))
         mixed = ops("Transpose", mixed, perm=[0, 2, 1, 3])
