@@ -21,14 +21,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a 135 M model in f
 
 
 @pytest.fixture(scope="module")
-def model_dir(shared_data: Path, repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Hugging Face directory, from IRQ_SMOLLM2 or made by scripts/get_smollm2.py."""
     if "IRQ_SMOLLM2" in os.environ:
         return Path(os.environ["IRQ_SMOLLM2"])
     out = tmp_path_factory.mktemp("smollm2") / "hf"
-    tokenizer = shared_data / "models" / "smollm2-135m-instruct"
     script = repo / "scripts" / "get_smollm2.py"
-    subprocess.run([sys.executable, script, "-o", out, "--tokenizer", tokenizer], check=True)
+    subprocess.run([sys.executable, script, "-o", out], check=True)
     return out
 
 
