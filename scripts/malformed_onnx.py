@@ -65,9 +65,8 @@ def well_formed() -> tuple[onnx.ModelProto, bytes]:
         opset_imports={**OPSETS, DOMAIN: VERSION},
         name="irq",
     )
-    model = ir.Model(
-        graph, ir_version=IR_VERSION, functions=[function(int4)], metadata_props={"irq.version": "1"}
-    )
+    metadata = {"irq.version": "1", "irq.profile": "irq", "irq.attention": "gqa", "irq.base_hash": "5e" * 32}
+    model = ir.Model(graph, ir_version=IR_VERSION, functions=[function(int4)], metadata_props=metadata)
     proto: onnx.ModelProto = ir.to_proto(model)
     return proto, bytes(data)
 
@@ -89,6 +88,18 @@ def cases() -> list[Case]:
         ("data-missing", "the data file is there", "is missing", {MODEL_NAME: graph, "other": data[:1]}),
     ):
         found.append(Case(name, rule, message, files))
+    # linear.scale ends at byte 216, linear.tau begins at 256; stock.tau lies last, bytes 576 to 600.
+    last = data[576:]
+    for name, message, offset, content in (
+        ("gap-not-zero", "not zero", 576, data[:220] + b"\1" + data[221:]),
+        ("data-follows", "bytes follow", 576, data + bytes(64)),
+        ("offset-unaligned", "where none begins", 580, data[:576] + bytes(4) + last),
+        ("offset-later", "where none begins", 640, data[:576] + bytes(64) + last),
+    ):
+        proto, _ = well_formed()
+        _external("offset", str(offset), "stock.tau")(proto)
+        files = {MODEL_NAME: proto.SerializeToString(deterministic=True), DATA_NAME: content}
+        found.append(Case(name, "tensors lie one behind the other, aligned, zeros between", message, files))
     for name, rule, message, content in (
         ("field-past-its-message", "a field lies in its message", "not an ONNX model", b"\x3a\x02\x0a\x01A"),
         ("number-of-11-bytes", "numbers have ten bytes", "not an ONNX model", b"\x08" + b"\xff" * 10 + b"\1"),
@@ -103,6 +114,21 @@ def _changed(name: str, rule: str, message: str, change: Change) -> Case:
     change(proto)
     files = {MODEL_NAME: proto.SerializeToString(deterministic=True), DATA_NAME: data}
     return Case(name, rule, message, files)
+
+
+def _metadata(key: str, value: str | None) -> Change:
+    def change(proto: onnx.ModelProto) -> None:
+        kept = [entry for entry in proto.metadata_props if entry.key != key]
+        del proto.metadata_props[:]
+        proto.metadata_props.extend(kept)
+        if value is not None:
+            proto.metadata_props.add(key=key, value=value)
+
+    return change
+
+
+def _metadata_twice(proto: onnx.ModelProto) -> None:
+    proto.metadata_props.add(key="irq.profile", value="irq")
 
 
 def _all_locations(value: str) -> Change:
@@ -247,6 +273,7 @@ _PLAIN = "the data file has a plain name in the model's folder"
 _INSIDE = "tensors lie inside the data file, each with its bytes"
 _SAME = "attributes and tensors of a matrix agree"
 _KNOWN = "domains, versions and operators are those of the specification"
+_TOLD = "the metadata say profile, attention and base"
 _ONLY = "only initializers of the graph lie in the data file"
 
 _CHANGES: list[tuple[str, str, str, Change]] = [
@@ -308,4 +335,13 @@ _CHANGES: list[tuple[str, str, str, Change]] = [
     ("stock-k-0", _SAME, "attributes", _attribute("K", 0, "MatMulBnb4")),
     ("attribute-unknown", _SAME, "attributes", _attribute("custom_ops_library", "evil.so")),
     ("codes-computed", _SAME, "codes of a matrix", _computed_codes),
+    ("profile-missing", _TOLD, "metadata", _metadata("irq.profile", None)),
+    ("profile-unknown", _TOLD, "metadata", _metadata("irq.profile", "irq2")),
+    ("profile-not-that-of-the-graph", _TOLD, "in profile stock", _metadata("irq.profile", "stock")),
+    ("attention-missing", _TOLD, "metadata", _metadata("irq.attention", None)),
+    ("attention-unknown", _TOLD, "metadata", _metadata("irq.attention", "gqa\n")),
+    ("base-hash-missing", _TOLD, "key missing", _metadata("irq.base_hash", None)),
+    ("base-hash-short", _TOLD, "not a hash", _metadata("irq.base_hash", "5e" * 31)),
+    ("base-hash-upper-case", _TOLD, "not a hash", _metadata("irq.base_hash", "5E" * 32)),
+    ("metadata-twice", _TOLD, "twice", _metadata_twice),
 ]

@@ -99,8 +99,9 @@ class Int8Codec(BlockCodec):
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
         for rows in self._row_chunks(weight.shape):
             blocks = weight[rows].reshape(-1, self.block_size) * inverse[rows].reshape(-1, 1)
-            rounded = np.trunc(blocks + np.copysign(np.float32(0.5), blocks))
-            codes[rows] = rounded.astype(np.int8).reshape(codes[rows].shape)
+            whole = np.trunc(blocks)  # adding a half instead would round 0.5 less 2^-25 up
+            whole += np.copysign(np.abs(blocks - whole) >= np.float32(0.5), blocks)
+            codes[rows] = whole.astype(np.int8).reshape(codes[rows].shape)
         return codes.view(np.uint8)
 
     def decode(self, codes: U8, scale: F32, tau: F32) -> F32:

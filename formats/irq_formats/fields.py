@@ -7,6 +7,7 @@ the key; nobody downstream needs to look at types again.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,6 +20,8 @@ from irq_formats.errors import MalformedFile
 __all__ = ["Fields"]
 
 T = TypeVar("T")
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,18 @@ class Fields:
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, "a string", value)
+        return value
+
+    def digest(self, key: str) -> str:
+        """Return a SHA-256: 64 lower-case hexadecimal digits."""
+        value = self.string(key)
+        if _DIGEST.fullmatch(value) is None:
+            raise MalformedFile(
+                "not a hash",
+                where=f"{self.where}: {key}",
+                expected="64 lower-case hexadecimal digits",
+                got=repr(value[:80]),
+            )
         return value
 
     def strings(self, key: str) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,20 @@ class FixedFile:
             MalformedFile: The range leaves the file, or the file changed since it was opened.
         """
         return self.read_array(offset, np.uint8, (nbytes,)).tobytes()
+
+    def is_zero(self, ranges: Iterable[tuple[int, int]]) -> bool:
+        """Return whether the bytes of many short ranges, (first, end) each, are all zero.
+
+        Raises:
+            MalformedFile: The file changed since it was opened.
+        """
+        with _opened(self.path) as fd:
+            if _identity(fd, self.path) != self.identity:
+                raise _changed(self.path)
+            try:
+                return all(os.pread(fd, end - first, first) == bytes(end - first) for first, end in ranges)
+            except OSError as error:
+                raise MalformedFile("cannot be read", where=self.path, got=error.strerror) from error
 
     def read_array(self, offset: int, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[np.generic]:
         """Return a new array read from ``offset``, C order.

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from irq_formats.adapter import Adapter, LoraLayer
 from irq_formats.atomic import atomic_file
 from irq_formats.errors import MalformedFile, UnsupportedModel
+from irq_formats.fields import Fields
 from irq_formats.peft_config import PLAIN_LORA_HINT, LoraConfig, read_lora_config
 from irq_formats.safetensors_io import SafeTensors, open_safetensors, write_safetensors
 
@@ -31,6 +32,7 @@ __all__ = [
     "CONFIG_BASE_HASH_KEY",
     "CONFIG_NAME",
     "WEIGHTS_NAME",
+    "WITHOUT_TAU",
     "read_peft_adapter",
     "write_peft_adapter",
 ]
@@ -39,6 +41,10 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_HASH_KEY = "irq.base_hash"
 CONFIG_BASE_HASH_KEY = "irq_base_hash"
+#: Suffix of the base hash of an adapter that carries tau. Its base is another one than the checkpoint's:
+#: attached to a base that has tau, it would add tau twice, and the hash check refuses that.
+WITHOUT_TAU = "-without-tau"
+_BASE_HASH = re.compile(rf"[0-9a-f]{{64}}({WITHOUT_TAU})?")
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -90,18 +96,27 @@ def read_peft_adapter(directory: str | Path) -> Adapter:
 
 def _read_base_hash(tensors: SafeTensors, config: LoraConfig, folder: Path) -> str | None:
     """Return the base hash from the metadata of the weights, or from the configuration (as PEFT saves it)."""
-    in_weights = tensors.metadata.get(BASE_HASH_KEY)
-    in_config = config.raw.get(CONFIG_BASE_HASH_KEY)
-    if in_config is None:
-        return in_weights
-    if not isinstance(in_config, str) or in_weights not in (None, in_config):
+    places = (
+        (Fields(tensors.metadata, str(folder / WEIGHTS_NAME)), BASE_HASH_KEY),
+        (Fields(config.raw, str(folder / CONFIG_NAME)), CONFIG_BASE_HASH_KEY),
+    )
+    found = [fields.string(key) for fields, key in places if fields.has(key)]
+    for value in found:
+        if _BASE_HASH.fullmatch(value) is None:
+            raise MalformedFile(
+                "not a hash",
+                where=f"{folder}: base hash",
+                expected=f"64 lower-case hexadecimal digits, or these and {WITHOUT_TAU}",
+                got=repr(value[:80]),
+            )
+    if len(set(found)) > 1:
         raise MalformedFile(
             "the two files of the adapter name different bases",
             where=folder,
-            expected=in_weights or "a base hash",
-            got=in_config,
+            expected=found[0],
+            got=found[1],
         )
-    return in_config
+    return found[0] if found else None
 
 
 def _refuse_missing_weights(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,6 @@ CHECKPOINT_VERSION = 1
 
 _SPEC_KEYS = tuple(BlockSpec().to_dict())
 _KEYS = {"quant_method", "version", *_SPEC_KEYS, "modules", "skipped", "search", "base_hash"}
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -88,15 +86,12 @@ class Quantization:
         for name, value in search.items():
             if not isinstance(value, str | int | float):
                 raise MalformedFile(f"search setting {name}", where=fields.where, got=type(value).__name__)
-        digest = fields.string("base_hash")
-        if not _HASH.fullmatch(digest):
-            raise MalformedFile("base_hash", where=fields.where, expected="64 hexadecimal digits", got=digest)
         return cls(
             spec=BlockSpec.from_dict({key: values[key] for key in _SPEC_KEYS}),
             modules={name: BlockSpec.from_dict(spec) for name, spec in specs.items()},
             skipped={name: reasons.string(name) for name in skipped},
             search=search,  # type: ignore[arg-type]
-            base_hash=digest,
+            base_hash=fields.digest("base_hash"),
         )
 
 

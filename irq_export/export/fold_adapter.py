@@ -25,13 +25,9 @@ from irq_formats.atomic import atomic_dir
 from irq_formats.checkpoint import Checkpoint, open_checkpoint
 from irq_formats.errors import WrongBase
 from irq_formats.manifest import write_manifest
-from irq_formats.peft_adapter import read_peft_adapter, write_peft_adapter
+from irq_formats.peft_adapter import WITHOUT_TAU, read_peft_adapter, write_peft_adapter
 
-__all__ = ["WITHOUT_TAU", "FoldResult", "add_tau", "fold_adapter"]
-
-#: Suffix of the base hash of an adapter that carries tau. Its base is another one than the checkpoint's:
-#: attached to a base that has tau, it would add tau twice, and the hash check refuses that.
-WITHOUT_TAU = "-without-tau"
+__all__ = ["FoldResult", "add_tau", "fold_adapter"]
 
 
 @dataclass(frozen=True)

@@ -176,8 +176,13 @@ def test_int8_is_q8_0() -> None:
 
     weight = np.random.default_rng(3).standard_normal((9, 96)).astype(np.float32)
     weight[2, :32] = 0
+    weight[3, 32:64] *= 1e-3 / 127  # a scale that is subnormal in fp16
+    half, below = np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(0))
+    weight[4, :6] = [127, half, below, -half, -below, 1.5]  # in units of the scale, 1
+    weight[4, 6:32] = 0
     tensor = encode_int8(weight)
     tensor.validate()
+    assert tensor.parts["codes"].view(np.int8)[4, :6].tolist() == [127, 1, 0, -1, 0, 2]
     theirs = quants.quantize(weight, GGMLQuantizationType.Q8_0).reshape(9, 3, 34)
     np.testing.assert_array_equal(theirs[..., :2].copy().view(np.float16)[..., 0], tensor.parts["scale"])
     np.testing.assert_array_equal(theirs[..., 2:].reshape(9, 96), tensor.parts["codes"])

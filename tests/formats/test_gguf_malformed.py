@@ -47,7 +47,7 @@ def test_counts() -> None:
         key: len(load_cases(*key))
         for key in [("gguf", "container"), ("gguf", "model"), ("safetensors",), ("onnx",)]
     }
-    assert counts == {("gguf", "container"): 123, ("gguf", "model"): 14, ("safetensors",): 63, ("onnx",): 65}
+    assert counts == {("gguf", "container"): 123, ("gguf", "model"): 14, ("safetensors",): 63, ("onnx",): 78}
     assert len({(c.kind, c.name) for c in CASES}) == len(CASES)
 
 

@@ -21,6 +21,9 @@ ARRAYS = {
 }
 
 
+METADATA = {"irq.version": "1", "irq.profile": "irq", "irq.attention": "gqa", "irq.base_hash": "5e" * 32}
+
+
 def tensors(arrays: dict[str, np.ndarray]) -> list[DataTensor]:
     return [
         DataTensor(name, array.dtype.name, array.shape, lambda array=array: np.array_split(array, 2))
@@ -28,19 +31,26 @@ def tensors(arrays: dict[str, np.ndarray]) -> list[DataTensor]:
     ]
 
 
+def write_graph(directory: Path, data: list[DataTensor]) -> dict[str, int]:
+    """Write a graph of these initializers alone; return their offsets."""
+    offsets, _ = data_offsets(data)
+    values = []
+    for tensor in data:
+        dtype, shape, name = DTYPES[tensor.dtype], ir.Shape(tensor.shape), tensor.name
+        stored = ir.ExternalTensor(DATA_NAME, offsets[name], tensor.nbytes, dtype, shape=shape, name=name)
+        values.append(ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=stored))
+    graph = ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 21}, name="g")
+    proto = ir.to_proto(ir.Model(graph, ir_version=10, metadata_props=METADATA))
+    del proto.graph.value_info[:]
+    (directory / MODEL_NAME).write_bytes(proto.SerializeToString())
+    return offsets
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    offsets, _ = data_offsets(tensors(ARRAYS))
+    offsets = write_graph(tmp_path, tensors(ARRAYS))
     with (tmp_path / DATA_NAME).open("wb") as file:
         write_data(file, tensors(ARRAYS), offsets)
-    values = []
-    for name, array in ARRAYS.items():
-        dtype, shape = DTYPES[array.dtype.name], ir.Shape(array.shape)
-        data = ir.ExternalTensor(DATA_NAME, offsets[name], array.nbytes, dtype, shape=shape, name=name)
-        values.append(ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=data))
-    graph = ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 21}, name="g")
-    proto = ir.to_proto(ir.Model(graph, ir_version=10, metadata_props={"irq.version": "1"}))
-    (tmp_path / MODEL_NAME).write_bytes(proto.SerializeToString())
     return tmp_path
 
 
@@ -67,6 +77,30 @@ def test_large_tensors_begin_on_a_page(model):
     opened = open_model(model)
     assert [opened.tensors[name].offset for name in ARRAYS] == [0, 4096, 4096 + (1 << 17)]
     assert (model / DATA_NAME).read_bytes()[24:4096] == bytes(4072)
+
+
+def test_tensors_beyond_two_gibibytes(tmp_path):
+    """Offsets and lengths of more than 31 and 32 bits; the file is sparse."""
+
+    def tensor(name: str, dtype: str, *shape: int) -> DataTensor:
+        return DataTensor(name, dtype, shape, list)
+
+    data = [
+        tensor("before", "float32", 3),
+        tensor("larger than 2 GiB", "uint8", (5 << 29) + 7),
+        tensor("empty", "float32", 0, 7),
+        tensor("beyond 4 GiB", "float16", 1 << 10, 1 << 20),
+        tensor("last", "uint8", 5),
+    ]
+    offsets = write_graph(tmp_path, data)
+    with (tmp_path / DATA_NAME).open("wb") as file:
+        file.truncate(offsets["last"] + 5)
+        file.seek(offsets["last"])
+        file.write(b"abcde")
+    opened = open_model(tmp_path)
+    assert opened.tensors["larger than 2 GiB"].nbytes > 2**31
+    assert opened.tensors["last"].offset > 2**32
+    assert opened.read("last").tobytes() == b"abcde"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +163,7 @@ def test_other_files_are_no_models(content, tmp_path):
 @pytest.mark.parametrize("version", ["2", "", "one"])
 def test_other_versions_are_refused(version, model):
     proto = onnx.load(model / MODEL_NAME, load_external_data=False)
-    proto.metadata_props[0].value = version
+    next(entry for entry in proto.metadata_props if entry.key == "irq.version").value = version
     (model / MODEL_NAME).write_bytes(proto.SerializeToString())
     with pytest.raises(UnsupportedModel):
         open_model(model)

@@ -59,6 +59,41 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], object]
     save_file(tensors, path)
 
 
+@pytest.mark.parametrize("value", ["", "hello", "5e" * 31, "5E" * 32, "5e" * 32 + "\n", "5e" * 32 + "-tau"])
+@pytest.mark.parametrize("place", ["weights", "configuration"])
+def test_a_base_hash_is_a_hash(tmp_path: Path, value: str, place: str):
+    """What is no hash can equal no base's: the adapter would be one of another base, or of any."""
+    write_peft_adapter(tmp_path, replace(two_layers(0.05), base_hash=None))
+    assert read_peft_adapter(tmp_path).base_hash is None
+    if place == "weights":
+        path = tmp_path / "adapter_model.safetensors"
+        save_file(load_file(path), path, metadata={"irq.base_hash": value})
+    else:
+        edit_config(tmp_path, irq_base_hash=value)
+    with pytest.raises(MalformedFile, match="not a hash"):
+        read_peft_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+@pytest.mark.parametrize("shape", [(), (1, 1, 1)])
+def test_what_other_programs_save_is_read(tmp_path: Path, dtype: type, shape: tuple[int, ...]):
+    """Matrices and betas of other float types, betas of one number in any shape."""
+    adapter = two_layers()
+    exact = {name: replace(layer, beta1=0.25, beta2=-0.5) for name, layer in adapter.layers.items()}
+    write_peft_adapter(tmp_path, replace(adapter, layers=exact))
+    want = read_peft_adapter(tmp_path)
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name, value in tensors.items():
+            tensors[name] = (value.reshape(shape) if "beta" in name else value).astype(dtype)
+
+    edit_tensors(tmp_path, change)
+    got = read_peft_adapter(tmp_path)
+    for module, layer in want.layers.items():
+        assert (got.layers[module].beta1, got.layers[module].beta2) == (0.25, -0.5)
+        np.testing.assert_allclose(got.layers[module].lora_a, layer.lora_a, rtol=2**-11, atol=2**-25)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_round_trip(tmp_path: Path, beta: float):
     want = two_layers(beta)

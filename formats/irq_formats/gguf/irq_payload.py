@@ -49,7 +49,6 @@ Values are those that :meth:`BlockTensor.validate` accepts. Every violation is a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -82,7 +81,6 @@ ARCHITECTURE = "irq"
 VERSION = 1
 
 _STORED_AS = {"uint8": "I8", "float16": "F16", "float32": "F32"}
-_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -137,15 +135,7 @@ def read_base_hash(gguf: GgufFile, key: str = "irq.base_hash") -> str | None:
     """
     if key not in gguf.metadata:
         return None
-    value = Fields(gguf.metadata, str(gguf.path)).string(key)
-    if not _HASH.fullmatch(value):
-        raise MalformedFile(
-            "not a hash",
-            where=f"{gguf.path}: {key}",
-            expected="64 lower-case hex digits",
-            got=repr(value[:80]),
-        )
-    return value
+    return Fields(gguf.metadata, str(gguf.path)).digest(key)
 
 
 def check_base(model: GgufFile, adapter: GgufFile) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from irq_formats.errors import IrqError
 
-__all__ = ["DataTensor", "data_offsets", "write_data"]
+__all__ = ["DataTensor", "data_offsets", "next_offset", "write_data"]
 
 _PAGE_BYTES = 4096
 _SMALL_ALIGNMENT = 64
@@ -49,12 +49,17 @@ class DataTensor:
         return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
+def next_offset(end: int, nbytes: int) -> int:
+    """Return where a tensor of ``nbytes`` begins, behind one that ends at ``end``."""
+    alignment = _PAGE_BYTES if nbytes >= _LARGE_BYTES else _SMALL_ALIGNMENT
+    return -(-end // alignment) * alignment
+
+
 def data_offsets(tensors: Iterable[DataTensor]) -> tuple[dict[str, int], int]:
     """Return where each tensor begins, and the bytes of the whole file."""
     offsets, end = {}, 0
     for tensor in tensors:
-        alignment = _PAGE_BYTES if tensor.nbytes >= _LARGE_BYTES else _SMALL_ALIGNMENT
-        offsets[tensor.name] = -(-end // alignment) * alignment
+        offsets[tensor.name] = next_offset(end, tensor.nbytes)
         end = offsets[tensor.name] + tensor.nbytes
     return offsets, end
 

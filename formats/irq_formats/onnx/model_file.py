@@ -2,12 +2,14 @@
 
 Nothing of the data file is read before all that the graph says about it has been checked: its name is plain
 and it is no link, every range lies inside it and belongs to one tensor, lengths are those of dtype and shape.
+Of it is read then only what lies between tensors, which must be the zero bytes that align them.
 A model that opens may be given to a runtime: the graph has been checked too (:mod:`.graph_check`).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +21,11 @@ import onnx
 from numpy.typing import NDArray
 
 from irq_formats.errors import MalformedFile, UnsupportedModel, UsageError
+from irq_formats.fields import Fields
 from irq_formats.files import FixedFile, open_fixed
+from irq_formats.onnx.data_file import next_offset
 from irq_formats.onnx.graph_check import check_graph
+from irq_formats.onnx.operators import DOMAIN
 from irq_formats.onnx.wire import check_wire
 
 __all__ = ["DATA_NAME", "FORMAT_VERSION", "MODEL_NAME", "OnnxModel", "StoredTensor", "open_model"]
@@ -32,6 +37,11 @@ FORMAT_VERSION = "1"
 
 #: A graph of 126 layers takes 2.4 MB, in profile stock up to 8.0 MB (8.4 MB may be).
 _MAX_GRAPH_BYTES = 8 << 20
+#: What the metadata must hold beside version and hash.
+_METADATA: dict[str, str] = {
+    "irq.profile": "irq|stock",
+    "irq.attention": "gqa|standard",
+}
 _DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -117,7 +127,7 @@ def open_model(path: str | Path) -> OnnxModel:
 
     Raises:
         UsageError: There is no such file.
-        MalformedFile: It is no ONNX model, or its external data breaks spec/irq-onnx.md, section 4.
+        MalformedFile: It is no ONNX model, or it breaks spec/irq-onnx.md, section 4.
         UnsupportedModel: It is not of a version this library knows.
     """
     path = Path(path)
@@ -139,15 +149,30 @@ def open_model(path: str | Path) -> OnnxModel:
             expected=f"irq.version {FORMAT_VERSION}",
             got=version,
         )
+    _check_metadata(path, proto, metadata)
     data = _data_file(path, _external(proto)) if any(_external(proto)) else None
     tensors: dict[str, StoredTensor] = {}
     for proto_tensor in _external(proto):
         if proto_tensor.name in tensors:
             raise MalformedFile("two tensors of one name", where=path, got=proto_tensor.name)
         tensors[proto_tensor.name] = _stored(path, proto_tensor, data.size if data else 0)
-    _check_disjoint(path, tensors)
+    if data is not None:
+        _check_layout(path, tensors, data)
     check_graph(proto, tensors, where=path)
     return OnnxModel(path, proto, metadata, tensors, data)
+
+
+def _check_metadata(path: Path, proto: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
+    if len(metadata) != len(proto.metadata_props):
+        raise MalformedFile("metadata of one key twice", where=path)
+    for key, pattern in _METADATA.items():
+        value = metadata.get(key, "")
+        if re.fullmatch(pattern, value) is None:
+            raise MalformedFile("metadata", where=f"{path}: {key}", expected=pattern, got=repr(value[:80]))
+    Fields(metadata, str(path)).digest("irq.base_hash")
+    ours = (entry.domain == DOMAIN for entry in (*proto.functions, *proto.graph.node))
+    if metadata["irq.profile"] == "stock" and any(ours):
+        raise MalformedFile("operators of ours in profile stock", where=path)
 
 
 def _external(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -212,9 +237,20 @@ def _stored(path: Path, tensor: onnx.TensorProto, size: int) -> StoredTensor:
     return stored
 
 
-def _check_disjoint(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    end, previous = 0, ""
+def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], data: FixedFile) -> None:
+    """Tensors lie one behind the other, aligned, with zero bytes between them and nothing behind the last."""
+    end, previous, gaps = 0, "", []
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset < end:
             raise MalformedFile("tensors overlap", where=path, got=f"{previous}, {name}")
+        if tensor.offset != (expected := next_offset(end, tensor.nbytes)):
+            raise MalformedFile(
+                "a tensor where none begins", where=f"{path}: {name}", expected=expected, got=tensor.offset
+            )
+        if tensor.offset > end:
+            gaps.append((end, tensor.offset))
         end, previous = tensor.offset + tensor.nbytes, name
+    if end != data.size:
+        raise MalformedFile("bytes follow the last tensor", where=data.path, expected=end, got=data.size)
+    if not data.is_zero(gaps):
+        raise MalformedFile("bytes between tensors that are not zero", where=data.path)

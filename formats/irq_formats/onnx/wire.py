@@ -79,6 +79,8 @@ def _count(data: bytes, schema: _Schema) -> None:
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     """Return the number at ``at`` and where it ends."""
+    if data[at] < 0x80:
+        return data[at], at + 1
     value = 0
     for index in range(_VARINT_BYTES):
         byte = data[at + index]
