@@ -7,9 +7,12 @@ BOS where the tokenizer adds one), and the second half of each is scored.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +25,9 @@ from irq_formats.gguf.pair import model_files
 from irq_formats.safetensors_io import SafeTensors, open_safetensors
 from irq_formats.safetensors_types import TensorSpec
 from irq_formats.safetensors_writer import SafeTensorsWriter
-from irq_runtime.engine import Engine
+from irq_runtime.engine import Engine, EngineSession
 from irq_runtime.model_file import check_context, read_config
-from irq_runtime.reference import load_model
+from irq_runtime.reference import ReferenceSession, load_model
 from irq_runtime.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Divergence", "PerplexityReport", "cut_windows", "perplexity"]
@@ -32,7 +35,14 @@ __all__ = ["Divergence", "PerplexityReport", "cut_windows", "perplexity"]
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Tokens = NDArray[np.int64]
-LogitsOf = Callable[[list[int]], NDArray[np.floating]]
+Step = Callable[[list[int], Any], NDArray[np.floating]]
+Reader = Callable[[list[int]], Iterator[NDArray[np.floating]]]
+
+#: Positions whose logits are held at a time: those of a window would be larger than many a model.
+_PIECE = 256
+
+#: And of those, how many are scored at a time, in float64.
+_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -138,17 +148,18 @@ def perplexity(
     if not len(tokens):
         raise UsageError("the text is shorter than a window", where=text, expected=f"{context} tokens")
     saved = None if kl_against is None else _open_saved(Path(kl_against), tokens, config.vocab_size)
-    logits_of = _runtime(runtime, model, adapter, adapter_scale, mode, threads, context)
+    read = _runtime(runtime, model, adapter, adapter_scale, mode, threads, context)
     scorer = _Scorer()
 
     def score() -> Iterator[F32]:
+        number = itertools.count()
         for i, window in enumerate(tokens):
             if progress is not None:
                 progress(i, len(tokens), f"window {i + 1}")
-            logits = logits_of(window.tolist())[context // 2 - 1 : -1]  # position i predicts token i + 1
-            reference = None if saved is None else saved.read_f32(f"logits.{i}")
-            scorer.add(logits, window[context // 2 :], reference)
-            yield logits.astype(np.float32, copy=False)
+            for piece, logits in zip(_pieces(context), read(window.tolist()), strict=True):
+                reference = None if saved is None else saved.read_f32(f"logits.{next(number)}")
+                scorer.add(logits, window[piece.start + 1 : piece.stop + 1], reference)
+                yield logits.astype(np.float32, copy=False)
 
     if save_logits is None:
         for _ in score():
@@ -167,6 +178,12 @@ def cut_windows(tokenizer: Tokenizer, text: str, context: int) -> Tokens:
     return cut
 
 
+def _pieces(context: int) -> list[slice]:
+    """Return the positions of a window that are scored; each predicts the token after it."""
+    end = context - 1
+    return [slice(begin, min(begin + _PIECE, end)) for begin in range(context // 2 - 1, end, _PIECE)]
+
+
 def _runtime(
     runtime: str,
     model: str | Path,
@@ -175,15 +192,26 @@ def _runtime(
     mode: str,
     threads: int | None,
     context: int,
-) -> LogitsOf:
+) -> Reader:
     if runtime == "native":
-        return Engine(model, adapter, adapter_scale, threads=threads, mode=mode, context=context).logits
+        engine = Engine(model, adapter, adapter_scale, threads=threads, mode=mode, context=context)
+        return partial(_read, engine.session, engine.step)
     if runtime == "reference":
         if mode != "exact":
             raise UsageError("the reference has one mode", expected="exact", got=mode)
         reference = load_model(model, adapter, adapter_scale)
-        return lambda tokens: reference.logits(tokens, dtype=np.float32)
+        return partial(_read, partial(reference.session, np.float32), reference.step)
     raise UsageError("unknown runtime", expected="native | reference", got=runtime)
+
+
+def _read(
+    new_session: Callable[[], EngineSession | ReferenceSession], step: Step, window: list[int]
+) -> Iterator[NDArray[np.floating]]:
+    """Yield the logits of the pieces of a window, each (positions, vocab)."""
+    session, pieces = new_session(), _pieces(len(window))
+    session.next_logits(window[: pieces[0].start])
+    for piece in pieces:
+        yield step(window[piece], session.cache)
 
 
 class _Scorer:
@@ -197,6 +225,11 @@ class _Scorer:
 
     def add(self, logits: NDArray[np.floating], following: Tokens, reference: F32 | None) -> None:
         """Score logits (n, vocab) against the tokens (n,) that follow, and against a reference."""
+        for begin in range(0, len(following), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            self._add(logits[rows], following[rows], None if reference is None else reference[rows])
+
+    def _add(self, logits: NDArray[np.floating], following: Tokens, reference: F32 | None) -> None:
         rows = np.arange(len(following))
         q = log_softmax(logits)
         self.losses.append(-q[rows, following])
@@ -225,18 +258,22 @@ class _Scorer:
 
 
 def _save(path: Path, tokens: Tokens, logits: Iterator[F32], vocab_size: int, overwrite: bool) -> None:
-    """Write ``tokens`` and one tensor of logits a window."""
-    windows, context = tokens.shape
-    shape = (context - context // 2, vocab_size)
+    """Write ``tokens`` and one tensor of logits a piece of a window."""
     specs = [TensorSpec("tokens", "I64", tokens.shape)]
-    specs += [TensorSpec(f"logits.{i}", "F32", shape) for i in range(windows)]
+    specs += [TensorSpec(name, "F32", shape) for name, shape in _saved_shapes(tokens, vocab_size)]
     with (
         atomic_file(path, overwrite=overwrite) as file,
         SafeTensorsWriter(file, specs, {"irq.kind": "logits"}) as writer,
     ):
         writer.write("tokens", tokens)
-        for i, window in enumerate(logits):
-            writer.write(f"logits.{i}", np.ascontiguousarray(window))
+        for i, piece in enumerate(logits):
+            writer.write(f"logits.{i}", np.ascontiguousarray(piece))
+
+
+def _saved_shapes(tokens: Tokens, vocab_size: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    windows, context = tokens.shape
+    for i, piece in enumerate(_pieces(context) * windows):
+        yield f"logits.{i}", (piece.stop - piece.start, vocab_size)
 
 
 def _open_saved(path: Path, tokens: Tokens, vocab_size: int) -> SafeTensors:
@@ -251,14 +288,12 @@ def _open_saved(path: Path, tokens: Tokens, vocab_size: int) -> SafeTensors:
             expected=f"windows {tokens.shape}",
             got=known.shape,
         )
-    windows, context = tokens.shape
-    shape = (context - context // 2, vocab_size)
-    for i in range(windows):
-        ref = saved.tensors.get(f"logits.{i}")
+    for name, shape in _saved_shapes(tokens, vocab_size):
+        ref = saved.tensors.get(name)
         if ref is None or (ref.dtype, ref.shape) != ("F32", shape):
             raise MalformedFile(
                 "the saved logits belong to another vocabulary",
-                where=f"{path}: logits.{i}",
+                where=f"{path}: {name}",
                 expected=f"F32 {shape}",
                 got=None if ref is None else f"{ref.dtype} {ref.shape}",
             )

@@ -181,11 +181,11 @@ class ReferenceSession:
 
     def __init__(self, model: ReferenceModel, dtype: DTypeLike) -> None:
         self._model = model
-        self._cache = model.new_cache(dtype)
+        self.cache = model.new_cache(dtype)
 
     def next_logits(self, tokens: Sequence[int]) -> FloatArray:
         """Append tokens and return the logits after the last one, ``(vocab_size,)``."""
-        last: FloatArray = self._model.head(self._model.hidden(tokens, self._cache)[-1:])[0]
+        last: FloatArray = self._model.head(self._model.hidden(tokens, self.cache)[-1:])[0]
         return last
 
 

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from irq_export.cli import main
 from irq_export.perplexity import perplexity
 from irq_formats.errors import MalformedFile, OutputExists, UsageError
-from irq_formats.gguf import BOOL, STR, U32
+from irq_formats.gguf import BOOL, STR, U32, GgufValue
 from irq_formats.gguf.reader import open_gguf
 from irq_runtime.bench import bench
 from irq_runtime.machine import default_threads
 from irq_runtime.tokenizer import load_tokenizer
 from tests.tiny_files import write_stock, write_stock_adapter
+from tests.tiny_models import tiny_model
 
 TEXT = "Once upon a time, there was a little girl named Lily. She loved to play in the park. " * 20
 CONTEXT = 64
@@ -36,20 +37,34 @@ def model(shared_data: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def folder(shared_data: Path, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    work = tmp_path_factory.mktemp("perplexity")
+def tokenizer_keys(shared_data: Path) -> dict[str, GgufValue]:
     hf = shared_data / "models" / "stories260k-fp32" / "hf"
-    metadata = {
+    return {
         "tokenizer.huggingface.json": STR((hf / "tokenizer.json").read_text()),
         "tokenizer.ggml.bos_token_id": U32(1),
         "tokenizer.ggml.eos_token_id": U32(2),
         "tokenizer.ggml.add_bos_token": BOOL(True),
     }
-    write_stock(work / "m.gguf", model, metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def folder(
+    model: PreTrainedModel, tokenizer_keys: dict[str, GgufValue], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    work = tmp_path_factory.mktemp("perplexity")
+    write_stock(work / "m.gguf", model, metadata=tokenizer_keys)
     (work / "text.txt").write_text(TEXT)
     return work
 
 
+@pytest.fixture(params=[256, 10])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that are scored together: all of a window, or a third."""
+    monkeypatch.setattr("irq_export.perplexity._PIECE", request.param)
+    monkeypatch.setattr("irq_export.perplexity._ROWS", 7)
+
+
+@pytest.mark.usefixtures("piece")
 def test_perplexity_is_that_of_transformers(folder: Path, model: PreTrainedModel) -> None:
     """Windows without overlap, BOS first, the second half scored: as llama-perplexity does."""
     ids = load_tokenizer(open_gguf(folder / "m.gguf")).encode(TEXT)
@@ -70,6 +85,29 @@ def test_perplexity_is_that_of_transformers(folder: Path, model: PreTrainedModel
         assert report.divergence is None
 
 
+MEASURED = """
+import sys
+from irq_export.perplexity import perplexity
+from irq_runtime.machine import peak_rss
+before = peak_rss()
+report = perplexity(model=sys.argv[1], text=sys.argv[2], context=1024, windows=1, threads=1)
+print(report.scored, peak_rss() - before)
+"""
+
+
+def test_memory_is_not_that_of_a_whole_window(tokenizer_keys: dict[str, GgufValue], tmp_path: Path) -> None:
+    """Of a vocabulary of 100,000 the logits of 1024 tokens are 410 MB, and 820 in float64."""
+    wide = tiny_model(tied=True, vocab_size=100_000, num_hidden_layers=1, max_position_embeddings=1024)
+    write_stock(tmp_path / "wide.gguf", wide, metadata=tokenizer_keys)
+    (tmp_path / "long.txt").write_text(TEXT * 4)
+    command = [sys.executable, "-c", MEASURED, tmp_path / "wide.gguf", tmp_path / "long.txt"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    scored, memory = map(int, said.split())
+    assert scored == 512
+    assert memory < 350e6  # 51 MB of weights, 102 of logits
+
+
+@pytest.mark.usefixtures("piece")
 def test_divergence_from_saved_logits(folder: Path, tmp_path: Path) -> None:
     options = {"text": folder / "text.txt", "context": CONTEXT, "windows": 2}
     saved = tmp_path / "logits.safetensors"
