@@ -296,7 +296,9 @@ def logits(run: Path, device: str) -> NDArray[np.float32]:
 
 
 def compare(folder: Path, seen: dict[str, list[Json]], device: str) -> Json:
-    """Every arm against one process."""
+    """Every arm that came through against one process."""
+    if "one" not in seen:
+        return {}
     load = partial(torch.load, weights_only=True)
     gradients, adapters = load(folder / "one.pt"), adapter_arrays(folder / "one")
     outputs = logits(folder / "one", device)
@@ -315,7 +317,7 @@ def compare(folder: Path, seen: dict[str, list[Json]], device: str) -> Json:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", choices=["equality", "speed"], nargs="+", default=["equality", "speed"])
@@ -327,7 +329,7 @@ def main() -> None:
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     parser.add_argument("--gradients", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folder, small = arguments.folder, arguments.smoke
     if arguments.work is not None:
         work(folder, arguments.arm, arguments.work, gradients=arguments.gradients)
@@ -365,6 +367,7 @@ def main() -> None:
             print(f"  {arm:6} {1e3 * ranks[0]['step_s']:9.1f} ms  {peaks}", flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    sys.exit(any(part in result and set(result[part]["arms"]) != set(ARMS) for part in ("equality", "speed")))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from irq_formats.gguf import open_gguf
 from irq_formats.gguf.irq_payload import BlockEntry
 from irq_formats.gguf.irq_writer import block_metadata, block_sources, model_header
 from irq_formats.gguf.model_keys import model_metadata
-from irq_formats.gguf.types import BOOL, I32, STR, U32, GgmlType, GgufValue
+from irq_formats.gguf.types import BOOL, F32, I32, STR, U32, GgmlType, GgufValue
 from irq_formats.gguf.writer import TensorSource, write_gguf
 from irq_formats.model import ModelConfig
 from irq_formats.names import tensor_shapes
@@ -59,13 +59,14 @@ def model(shape: str, vocabulary: int) -> ModelConfig:
 def tokenizer_metadata(metadata: Mapping[str, object]) -> dict[str, GgufValue]:
     """The tokenizer keys of an opened file, typed again."""
     kinds = {bool: BOOL, int: U32, str: STR}
+    arrays = {"float32": F32, "int32": I32, "uint32": U32}
     typed = {}
     for key, value in metadata.items():
         if key.startswith("tokenizer."):
             if isinstance(value, bool | int | str):
                 typed[key] = kinds[type(value)](value)
             else:
-                typed[key] = STR.array(value) if isinstance(value, list) else I32.array(value)
+                typed[key] = (STR if isinstance(value, list) else arrays[value.dtype.name]).array(value)
     return typed
 
 
@@ -92,7 +93,9 @@ def stock_rows(kind: str, shape: Shape, rng: np.random.Generator) -> NDArray[np.
     return raw
 
 
-def write_irq(path: Path, config: ModelConfig, spec: BlockSpec, tokenizer: dict[str, GgufValue]) -> None:
+def write_irq(
+    path: Path, config: ModelConfig, spec: BlockSpec, tokenizer: dict[str, GgufValue], *, overwrite: bool
+) -> None:
     """An irq GGUF with every matrix in `spec`, embedding and head in int8."""
     entries, tensors, filled = [], [], {}
     rng = np.random.default_rng(0)
@@ -108,10 +111,12 @@ def write_irq(path: Path, config: ModelConfig, spec: BlockSpec, tokenizer: dict[
         entries.append(BlockEntry(module, used, matrix))
         tensors += block_sources(module, used, matrix, filled[used, matrix].__getitem__)
     header = model_header(config, "0" * 64) | block_metadata(entries) | tokenizer
-    write_gguf(path, header, tensors, overwrite=True)
+    write_gguf(path, header, tensors, overwrite=overwrite)
 
 
-def write_stock(path: Path, config: ModelConfig, kind: str, tokenizer: dict[str, GgufValue]) -> None:
+def write_stock(
+    path: Path, config: ModelConfig, kind: str, tokenizer: dict[str, GgufValue], *, overwrite: bool
+) -> None:
     """A stock llama GGUF with every matrix in `kind`, embedding and head in Q8_0."""
     tensors, filled = [], {}
     rng = np.random.default_rng(0)
@@ -124,7 +129,7 @@ def write_stock(path: Path, config: ModelConfig, kind: str, tokenizer: dict[str,
             filled[used, shape] = stock_rows(used, shape, rng)
         tensors.append(TensorSource(name, shape, GgmlType[used], _constant(filled[used, shape])))
     header = {"general.architecture": STR("llama"), **model_metadata(config, "llama"), **tokenizer}
-    write_gguf(path, header, tensors, overwrite=True)
+    write_gguf(path, header, tensors, overwrite=overwrite)
 
 
 def _constant(array: NDArray[np.generic]) -> Callable[[], NDArray[np.generic]]:
@@ -135,24 +140,26 @@ def _ones(name: str, shape: Shape) -> TensorSource:
     return TensorSource(name, shape, GgmlType.F32, _constant(np.ones(shape, np.float32)))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write speed-only models of the shape of larger ones.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="irq GGUF whose tokenizer is copied")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="GGUF whose tokenizer is copied")
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--kinds", nargs="+", required=True, help="nf4 ... (irq), Q4_0 ... (stock)")
-    args = parser.parse_args()
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    args = parser.parse_args(arguments)
 
     metadata = open_gguf(args.tokenizer).metadata
     tokenizer = tokenizer_metadata(metadata)
-    config = model(args.shape, int(str(metadata["irq.model.vocab_size"])))
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    config = model(args.shape, metadata.get("irq.model.vocab_size", len(tokens)))
     for kind in args.kinds:
         path = args.folder / f"{args.shape}-{kind}.gguf"
         if kind in SCALE_FIELDS:
             plain = {key: value for key, value in tokenizer.items() if key != "tokenizer.huggingface.json"}
-            write_stock(path, config, kind, plain)
+            write_stock(path, config, kind, plain, overwrite=args.force)
         else:
-            write_irq(path, config, BlockSpec(kind), tokenizer)
+            write_irq(path, config, BlockSpec(kind), tokenizer, overwrite=args.force)
         print(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
 
 

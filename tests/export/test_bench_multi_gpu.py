@@ -25,3 +25,24 @@ def test_two_gloo_processes_are_one(tmp_path: Path) -> None:
     losses = result["equality"]["arms"]["one"][0]["losses"]
     assert losses[-1] < losses[0]  # something was learnt
     assert [len(ranks) for ranks in result["speed"]["arms"].values()] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("part", ["equality", "speed"])
+def test_an_arm_that_fails_is_a_failure(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_multi_gpu
+
+    def fail(folder: Path, arm: str, *args: object, **kwargs: object) -> subprocess.Popen[bytes]:
+        (folder / f"{arm}.log").write_text("out of memory")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    monkeypatch.setattr(bench_multi_gpu, "start_arm", fail)
+    with pytest.raises(SystemExit) as ended:
+        bench_multi_gpu.main(
+            [str(tmp_path / "work"), "--smoke", "--only", part, "--json", str(tmp_path / "json")]
+        )
+    assert ended.value.code == 1
+    assert "fsdp failed:\nout of memory" in capsys.readouterr().out
+    assert json.loads((tmp_path / "json").read_text())[part]["arms"] == {}
