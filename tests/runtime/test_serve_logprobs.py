@@ -65,6 +65,24 @@ class TestTexts:
         for name, values in shown.items():
             assert [value for part in parts if part for value in part[name]] == values
 
+    @pytest.mark.parametrize("echo", [False, True])
+    def test_tokens_behind_a_stop_string_are_left_out(self, client: httpx.Client, echo: bool) -> None:
+        """The string begins at the end of a token, and ends two tokens later."""
+        whole = choice_of(client, max_tokens=20, echo=echo)
+        offsets = whole["logprobs"]["text_offset"]
+        stop = whole["text"][offsets[-9] - 1 : offsets[-7] + 1]
+        options = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "logprobs": 2, "echo": echo}
+        choice = choice_of(client, **options, stop=stop)
+        assert choice["finish_reason"] == "stop"
+        assert choice["text"] == whole["text"][: offsets[-9] - 1]
+        assert choice["logprobs"] == {name: values[:-9] for name, values in whole["logprobs"].items()}
+        parts = [
+            chunk["choices"][0]["logprobs"]
+            for chunk in events_of(client, "completions", **options, stop=stop)
+        ]
+        streamed = [offset for part in parts if part for offset in part["text_offset"]]
+        assert streamed == choice["logprobs"]["text_offset"]
+
 
 class TestEcho:
     @pytest.mark.parametrize("prompt", [PROMPT, LONG])

@@ -85,6 +85,8 @@ class Job:
         self._seen = list(generation.prompt)
         self._text = TextStream(tokenizer, generation.prompt, generation.stop)
         self._tokens = 0
+        self._sent = 0  # characters
+        self._entries: list[TokenLogprobs] = []  # of tokens whose text may yet be cut off
         self._writer: LogprobWriter | None = None
         if generation.logprobs is not None:
             before = generation.prompt if generation.echo is None else ()
@@ -95,7 +97,7 @@ class Job:
         self.cached = cached
         if self._generation.echo is not None:
             first = self._written([self._generation.prompt[0]], [None])
-            self._emit(Delta(self._generation.echo, first))
+            self._tell(self._generation.echo, first)
         del self.unread[:cached]
 
     def read(self, count: int, logits: NDArray[np.float32]) -> None:
@@ -109,7 +111,7 @@ class Job:
             MalformedFile: The logits are not numbers.
         """
         if self.wants_all_logits:
-            self._emit(Delta("", self._written(self.unread[1 : count + 1], logits)))
+            self._tell("", self._written(self.unread[1 : count + 1], logits))
         del self.unread[:count]
 
     def advance(self, logits: NDArray[np.float32]) -> str | None:
@@ -127,15 +129,12 @@ class Job:
         token = sample(logits, params, self._rng, self._seen, len(prompt))
         logprobs = self._written([token], [logits])
         if token in params.stop_tokens:
-            if self.wants_all_logits:  # who scores a text counts on one token more, and leaves it out
-                self._emit(Delta("", logprobs))
-            return self._finish("stop")
+            # who scores a text counts on one token more, and leaves it out
+            return self._finish("stop", logprobs if self.wants_all_logits else ())
         self._tokens += 1
         self._seen.append(token)
         self.unread = [token]
-        text = self._text.push(token)
-        if text or logprobs:
-            self._emit(Delta(text, logprobs))
+        self._tell(self._text.push(token), logprobs)
         if self._text.stopped or self._tokens == params.max_tokens:
             return self._finish("length")
         return None
@@ -152,9 +151,20 @@ class Job:
             return ()
         return tuple(writer.write(token, row) for token, row in zip(tokens, logits, strict=True))
 
-    def _finish(self, reason: str) -> str:
+    def _tell(self, text: str, logprobs: Sequence[TokenLogprobs]) -> None:
+        """Emit text, and what is known of the tokens that begin in it."""
+        self._sent += len(text)
+        self._entries += logprobs
+        count = sum(entry.offset < self._sent for entry in self._entries)  # offsets do not fall
+        if text or count:
+            self._emit(Delta(text, tuple(self._entries[:count])))
+            del self._entries[:count]
+
+    def _finish(self, reason: str, logprobs: Sequence[TokenLogprobs] = ()) -> str:
         """Emit the text held back; return the reason, which is ``stop`` if there is a stop string in it."""
-        rest = self._text.finish()
-        if rest:
-            self._emit(Delta(rest))
-        return "stop" if self._text.stopped else reason
+        self._tell(self._text.finish(), logprobs)
+        if self._text.stopped:
+            return "stop"
+        if self._entries:  # of tokens without a text
+            self._emit(Delta("", tuple(self._entries)))
+        return reason
