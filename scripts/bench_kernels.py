@@ -1,10 +1,11 @@
 """Speed of the native kernels, one weight at a time: GB/s of weight bytes and GFLOP/s.
 
-    scripts/bench_kernels.py                        the table of runtime/README.md
+    scripts/bench_kernels.py                        the tables of runtime/src/kernels/README.md
     scripts/bench_kernels.py --formats nf4 q4_0 --isas avx512 --tokens 1 --json out.json
 
-Two sizes: `cache` (about 0.5 MiB, stays in L2) shows the kernel, `memory` (about 100 MiB, each product
-reads it anew) shows what decoding a large model sees, `prefill` (1024 x 1024) is for many tokens. The f32
+Sizes: `cache` (4096 columns, as many rows as make 0.5 MiB, which stays in L2) shows the kernel, `memory`
+(49152 x 4096, each product reads it anew) shows what decoding a large model sees, `prefill` (1024 x 1024) is
+for many tokens, `narrow` (1024 x 576) as SmolLM2's. The f32
 row in `memory` is the ceiling: its kernel has nothing to do but read. Random codes. Times are processor
 seconds of each thread, the slowest counts; the variants of a weight are visited in turn, `--rounds` times,
 and the best is shown: on a shared machine the rest measures the neighbours.
@@ -26,7 +27,8 @@ from irq_formats.gguf.types import GgmlType
 from irq_runtime import _native
 from irq_runtime.kernels import block_weight, stock_weight
 
-SIZES = {"cache": (256, 4096), "memory": (49152, 4096), "prefill": (1024, 1024), "narrow": (1024, 576)}
+SIZES = {"cache": (0, 4096), "memory": (49152, 4096), "prefill": (1024, 1024), "narrow": (1024, 576)}
+CACHE_BYTES = 1 << 19
 ROW_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32}
 #: name: (codebook, block size, storage of scale and of tau)
 BLOCKS = {
@@ -69,6 +71,12 @@ def weight_of(name: str, shape: tuple[int, int]) -> _native.Weight:
     return block_weight(BlockTensor(spec, shape, parts))
 
 
+def shape_of(size: str, name: str) -> tuple[int, int]:
+    """Rows and columns; `cache` has as many rows as CACHE_BYTES hold."""
+    rows, columns = SIZES[size]
+    return rows or 256 * CACHE_BYTES // weight_of(name, (256, columns)).nbytes, columns
+
+
 def seconds(weight: _native.Weight, tokens: int, mode: str, threads: int, least: float) -> float:
     """Seconds per product: repeats until `least` seconds have passed."""
     repeats = 1
@@ -81,6 +89,7 @@ def seconds(weight: _native.Weight, tokens: int, mode: str, threads: int, least:
 
 def measure(
     weight: _native.Weight,
+    shape: tuple[int, int],
     size: str,
     name: str,
     threads: int,
@@ -94,13 +103,13 @@ def measure(
         for isa, mode, tokens in variants:
             _native.set_isa(isa)
             times[isa, mode, tokens].append(seconds(weight, tokens, mode, threads, least))
-    weights = SIZES[size][0] * SIZES[size][1]
+    weights = shape[0] * shape[1]
     for (isa, mode, tokens), taken in times.items():
         gb, gflop = 1e-9 * weight.nbytes / min(taken), 2e-9 * weights * tokens / min(taken)
         yield Row(size, name, isa, mode, tokens, threads, 8 * weight.nbytes / weights, gb, gflop)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,7 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.01, help="least time of one measurement")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     isas = [isa for isa in args.isas if _native.isa_supported(isa)]
     variants = [*product(isas, args.modes, args.tokens)]
     rows: list[Row] = []
@@ -121,9 +130,10 @@ def main() -> None:
         f"{'size':8}{'format':9}{'isa':8}{'mode':6}{'tokens':>7}{'threads':>8}{'bpw':>7}{'GB/s':>8}{'GFLOP/s':>9}"
     )
     for size, name in product(args.sizes, args.formats):
-        weight = weight_of(name, SIZES[size])
+        shape = shape_of(size, name)
+        weight = weight_of(name, shape)
         for threads in args.threads:
-            for row in measure(weight, size, name, threads, variants, args.rounds, args.seconds):
+            for row in measure(weight, shape, size, name, threads, variants, args.rounds, args.seconds):
                 rows.append(row)
                 print(
                     f"{row.size:8}{row.format:9}{row.isa:8}{row.mode:6}{row.tokens:7}{row.threads:8}"
