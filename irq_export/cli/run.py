@@ -23,7 +23,10 @@ __all__ = ["command"]
 @click.argument("model", metavar="FILE", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", help="Text to continue; with --chat, the user's message.")
 @click.option(
-    "-f", "--file", type=click.File(encoding="utf-8"), help="Read the prompt from here; - is stdin."
+    "-f",
+    "--file",
+    type=click.File(encoding="utf-8"),
+    help="Read the prompt from here, without the newline at its end; - is stdin.",
 )
 @click.option("--adapter", type=click.Path(path_type=Path), help="Separate adapter file.")
 @click.option("--adapter-scale", type=float, default=1.0, show_default=True, help="Its multiplier.")
@@ -61,7 +64,7 @@ __all__ = ["command"]
     show_default=True,
     help="Above 0 avoids generated tokens.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the sampler.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampler; -1: another each time.")
 @click.option("--stop", multiple=True, help="End before this text; may be given again.")
 @click.option("--chat", is_flag=True, help="Render the prompt with the file's chat template.")
 @click.option("--system", help="With --chat, the system's message before it.")
@@ -160,7 +163,7 @@ def command(
 
 def _read(file: TextIO | None) -> str:
     try:
-        return "" if file is None else file.read()
+        return "" if file is None else file.read().removesuffix("\n")  # which editors leave, and echo
     except UnicodeDecodeError as error:
         raise UsageError("the prompt is not UTF-8", got=error) from error
 

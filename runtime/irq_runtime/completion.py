@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def complete(
         repetition_penalty: Of tokens seen, the prompt's too; 1 is off.
         frequency_penalty: Of generated tokens, each time; 0 is off.
         presence_penalty: Of generated tokens, once; 0 is off.
-        seed: Of the sampler.
+        seed: Of the sampler; -1 takes another each time.
         stop: Strings that end the text.
         chat: Render the prompt with the file's chat template.
         system: With ``chat``, the system's message before it.
@@ -159,7 +160,7 @@ def complete(
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
-        seed=seed,
+        seed=secrets.randbits(32) if seed == -1 else seed,
         stop_tokens=text_tokenizer.stop_tokens,
     )
 

@@ -139,7 +139,11 @@ def checked(logits: FloatArray) -> NDArray[np.float64]:
     """
     scores = logits.astype(np.float64)
     if not np.isfinite(scores.max()):  # NaN is the maximum wherever it is
-        raise MalformedFile("the model's logits are not numbers", got=float(scores.max()))
+        raise MalformedFile(
+            "the model's logits are not numbers",
+            got=float(scores.max()),
+            hint="With half_cache, try without: keys and values beyond 65504 do not fit in fp16",
+        )
     return scores
 
 

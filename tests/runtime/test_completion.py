@@ -108,6 +108,7 @@ def test_seeds_repeat(stories_gguf: Path) -> None:
 
     assert run(3) == run(3)
     assert len({run(seed) for seed in range(4)}) > 1
+    assert len({run(-1) for _ in range(4)}) > 1
 
 
 def test_chat_without_a_template_is_refused(stories_gguf: Path) -> None:
@@ -258,7 +259,7 @@ class TestCommand:
     def test_prompt_from_a_file(self, stories_gguf: Path, tmp_path: Path) -> None:
         (tmp_path / "prompt.txt").write_text(PROMPT)
         expected = CliRunner().invoke(main, ["run", str(stories_gguf), "-p", PROMPT, "-n", "8"]).stdout
-        for name, stdin in ((str(tmp_path / "prompt.txt"), None), ("-", PROMPT)):
+        for name, stdin in ((str(tmp_path / "prompt.txt"), None), ("-", PROMPT + "\n")):
             run = CliRunner().invoke(main, ["run", str(stories_gguf), "-f", name, "-n", "8"], input=stdin)
             assert (run.exit_code, run.stdout) == (0, expected)
         (tmp_path / "prompt.txt").write_bytes(b"\xff")

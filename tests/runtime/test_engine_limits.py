@@ -16,11 +16,12 @@ from tiny_files import block_tensors, model_config, source, state_f32, write_irq
 from tiny_models import tiny_model
 
 from irq_formats.blocks import BlockSpec
-from irq_formats.errors import UsageError
+from irq_formats.errors import MalformedFile, UsageError
 from irq_formats.gguf import STR, GgmlType, TensorSource, write_gguf
 from irq_formats.gguf.model_keys import model_metadata
 from irq_runtime.engine import Engine
 from irq_runtime.reference import load_model
+from irq_runtime.sampling import SamplingParams, sample
 
 LIMITED = """
 import resource, sys
@@ -91,6 +92,18 @@ def test_a_scale_needs_an_adapter(
     with pytest.raises(UsageError, match=r"no adapter to scale.* got scale 0\.5"):
         open_model(file, None, 0.5)
     open_model(file, None, 1.0)
+
+
+def test_keys_that_half_a_cache_does_not_hold(tmp_path: Path) -> None:
+    """fp16 ends at 65504, and the biases of some models do not."""
+    model = tiny_model("qwen2")
+    model.model.layers[0].self_attn.k_proj.bias.data.fill_(1e5)
+    write_stock(tmp_path / "m.gguf", model)
+    params = SamplingParams()
+    sample(Engine(tmp_path / "m.gguf").session().next_logits([1, 2, 3]), params, np.random.default_rng(0))
+    broken = Engine(tmp_path / "m.gguf", half_cache=True).session().next_logits([1, 2, 3])
+    with pytest.raises(MalformedFile, match=r"not numbers.*half_cache"):
+        sample(broken, params, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("wanted", ["sse9", "neon" if platform.machine() == "x86_64" else "avx2"])
