@@ -42,15 +42,15 @@ FIELDS: tuple[dict[str, object], ...] = (
     {"top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 3},
     {"logprobs": 0, "frequency_penalty": 0.5, "presence_penalty": 0.2},
     {"logit_bias": {"5": -100, "9": 1.5}, "min_p": 0.05, "n": 2, "stop": ["."]},
-    {"ignore_eos": True, "n_predict": -1, "repeat_penalty": 1.2},
-    {"echo": True, "logprobs": 1, "stream_options": {"include_usage": True}},
+    {"ignore_eos": True, "max_tokens": -1, "repeat_penalty": 1.2},
+    {"echo": True, "logprobs": 1},
 )
 
 #: One of these is what "chat" asks for.
 CHAT_FIELDS: tuple[dict[str, object], ...] = (
     {"logprobs": True},
     {"logprobs": True, "top_logprobs": 2, "chat_template_kwargs": {"enable_thinking": False}},
-    {"logprobs": False, "max_completion_tokens": 9},
+    {"logprobs": False, "max_tokens": 9},
 )
 
 #: The second half may use this much more than the first: some 60 bytes a request. Cycles wait for the garbage
