@@ -17,7 +17,7 @@ from irq_export.export.onnx.companions import copied_files
 from irq_export.export.onnx.convert import manifest_extra
 from irq_export.export.onnx.genai import GENAI_CONFIG, genai_config
 from irq_export.export.onnx.network import Network, build_network
-from irq_export.export.onnx.options import ATTENTIONS, PROFILES, OnnxOptions
+from irq_export.export.onnx.options import OnnxOptions
 from irq_export.export.onnx.readback import compare_graph, read_back
 from irq_export.parity.report import Check
 from irq_formats.adapter import Adapter
@@ -161,7 +161,7 @@ class OnnxTarget:
     def _same_graph(self) -> Check:
         """Compare the graph with the one that is built today; one that is another is not run."""
         try:
-            if self.model.metadata.get("irq.base_hash") != self.checkpoint.base_hash:
+            if self.model.metadata["irq.base_hash"] != self.checkpoint.base_hash:
                 raise ParityFailed("made from another checkpoint")
             compare_graph(self.model, self._network)
         except (ParityFailed, UnsupportedModel, UsageError) as error:
@@ -257,12 +257,10 @@ def _options(model: OnnxModel, checkpoint: Checkpoint) -> OnnxOptions:
         for module, block in checkpoint.blocks.items()
         if block.spec.codebook in ("int3", "int2")
     )
-    profile, attention = (model.metadata.get(f"irq.{key}", "") for key in ("profile", "attention"))
-    if profile not in PROFILES or attention not in ATTENTIONS:
-        raise MalformedFile("unknown profile or attention", where=model.path, got=f"{profile}, {attention}")
+    profile = model.metadata["irq.profile"]
     return OnnxOptions(
         profile=profile,
-        attention=attention,
+        attention=model.metadata["irq.attention"],
         dtype="f16" if table.dtype == "float16" else "f32",
         int_bits="4" if carried else "own",
         context=None if rows == checkpoint.model.max_position_embeddings else rows,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from irq_formats.errors import UsageError
 
-__all__ = ["ATTENTIONS", "DTYPES", "PROFILES", "OnnxOptions"]
+__all__ = ["DTYPES", "OnnxOptions"]
 
-PROFILES = ("irq", "stock")
-ATTENTIONS = ("gqa", "standard")
+_PROFILES = ("irq", "stock")
+_ATTENTIONS = ("gqa", "standard")
 DTYPES = {"f32": "float32", "f16": "float16"}
 
 #: A file name on every system: no device of Windows, whatever its suffix, and no dot at an end.
@@ -52,8 +52,8 @@ class OnnxOptions:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("profile", PROFILES),
-            ("attention", ATTENTIONS),
+            ("profile", _PROFILES),
+            ("attention", _ATTENTIONS),
             ("dtype", tuple(DTYPES)),
             ("int_bits", ("4", "own")),
         ):
