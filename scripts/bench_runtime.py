@@ -5,7 +5,7 @@
     python scripts/bench_runtime.py --ours nf4=../speed/7b-nf4.gguf --peers Q4_0=../speed/7b-Q4_0.gguf \\
         --tests pp128 tg32 --work ../speed --name 7b
 
-Every row is a process of its own that stays open (runtime_rows.py); the rows are visited in turn, `--rounds`
+Every row is a process of its own that stays open (_runtime_rows.py); the rows are visited in turn, `--rounds`
 times, and the medians are shown, so that a slow minute of the machine hits all of them. Ours decodes known
 tokens through `Engine`, logits to Python included (float32 cache); llama.cpp is the server of the wheel
 `xllamacpp` with its own defaults (fp16 cache, repacked weights, flash attention as it likes) and its own
@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _runtime_rows import Result, Row, Side
 from _stamp import stamp
-from runtime_rows import Result, Row, Side
 
 from irq_export.parity.llamacpp import LlamaCpp
 from irq_export.parity.metrics import log_softmax

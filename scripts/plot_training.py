@@ -1,23 +1,23 @@
 """Draw the loss curve of a run: ``python scripts/plot_training.py RUN/train/metrics.jsonl curve.png``.
 
-Needs matplotlib.
+Needs matplotlib (``pip install matplotlib``), which no extra of this package brings.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 _WINDOW = 20  # logs in the running mean
 
 
-def main(metrics: Path, target: Path) -> None:
+def plot(metrics: Path, target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     entries = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     train = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
@@ -36,5 +36,13 @@ def main(metrics: Path, target: Path) -> None:
     figure.savefig(target, dpi=100)
 
 
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw the loss curve of a run (needs matplotlib).")
+    parser.add_argument("metrics", type=Path, help="RUN/train/metrics.jsonl")
+    parser.add_argument("target", type=Path, help="the picture")
+    args = parser.parse_args(arguments)
+    plot(args.metrics, args.target)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()
