@@ -119,9 +119,7 @@ def evaluate(
             put("nll", nats / counts)
     for name, task in data.items():
         if isinstance(task, Choices) and tasks:
-            for row in rows:
-                row["ties"] = (
-                    "first"  # which of equal choices is taken; rows up to November 2026: the right one
-                )
+            for row in rows:  # which of equal choices is taken; rows up to November 2026: the right one
+                row["ties"] = "first"
             put(name, _accuracy(log_likelihood(model, task.sequences), task, name != "boolq"))
     return rows

@@ -152,9 +152,8 @@ def bench_search(size: int, rounds: int, device: torch.device) -> dict[str, dict
         "nf4, objective mse": run("nf4", SearchConfig(objective="mse")),
         "nf4, default, torch": on_torch(run("nf4", SearchConfig())),
     }
-    table = interleaved(
-        runs, rounds, device
-    )  # a round of the released way takes longer than one of all others
+    table = interleaved(runs, rounds, device)
+    # A round of the released way takes longer than one of all others.
     return table | interleaved({"released-style": lambda: released_search(blocks)}, 2, device, 1)
 
 
